@@ -1,0 +1,124 @@
+"""The ``declip`` command."""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from declip_shards import DeclipError, Store
+from pipelines import __version__, recipes
+from pipelines.options import apply_overrides, kind_name, options_of, split_overrides
+from pipelines.pipeline import Pipeline
+from pipelines.runner import RUNNERS, read_run_record, run_pipeline
+from pipelines.states import pipeline_states
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="declip",
+        description="From image URLs and captions to a CLIP-style model and an honest table.",
+        epilog="Recipes:\n" + recipes.listing() + "\n\nTry: declip run demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"opendeclip {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run a recipe's stages; what is done and unchanged is skipped",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    status = commands.add_parser(
+        "status",
+        help="each stage's state, counts, and why it would rerun",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    for command in (run, status):
+        command.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe")
+        command.add_argument(
+            "-h", "--help", action="store_true", help="this text and every setting"
+        )
+        command.add_argument(
+            "--out", metavar="FOLDER", help="folder or fsspec URL of the dataset (runs/RECIPE)"
+        )
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone")
+    run.add_argument("--from", metavar="STAGE", dest="first", help="start at this stage")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument(
+        "--runner",
+        choices=RUNNERS,
+        default="ray",
+        help="where tasks run: ray (a cluster, or this machine's cores), or local, in this process",
+    )
+    return parser
+
+
+def _options_text(pipeline: Pipeline) -> str:
+    """Every setting of a recipe with its help line and value."""
+    lines = ["", f"settings of {pipeline.recipe} (--stage.field VALUE):"]
+    for option in options_of(pipeline):
+        value = ",".join(option.value) if isinstance(option.value, tuple) else option.value
+        lines.append(f"  {option.flag} {kind_name(option.kind)}")
+        text = f"{option.help} (default: {value if value != '' else 'empty'})"
+        lines += textwrap.wrap(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _print_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    choices = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    print(choices[arguments.command].format_help().rstrip())
+    if arguments.recipe:
+        print("\n" + recipes.describe(arguments.recipe))
+        print(_options_text(recipes.build(arguments.recipe, f"runs/{arguments.recipe}")))
+    else:
+        print("\nrecipes:\n" + recipes.listing())
+
+
+def _print_status(pipeline: Pipeline) -> None:
+    store = Store(pipeline.root)
+    print(f"{pipeline.recipe} in {pipeline.root}\n")
+    print(f"{'stage':<12}{'state':<9}{'in':>9}{'out':>9}{'seconds':>9}  why it would rerun")
+    for state in pipeline_states(pipeline):
+        counts = (f"{state.last.num_in:,}", f"{state.last.num_out:,}") if state.last else ("-", "-")
+        seconds = read_run_record(store, state.step).get("seconds", "-") if state.last else "-"
+        row = f"{state.step:<12}{state.state:<9}{counts[0]:>9}{counts[1]:>9}{seconds!s:>9}"
+        print(f"{row}  {state.why}".rstrip())
+
+
+def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    root = arguments.out or os.path.join("runs", arguments.recipe)
+    pipeline = apply_overrides(recipes.build(arguments.recipe, root), overrides)
+    if arguments.command == "status":
+        _print_status(pipeline)
+        return
+    steps = pipeline.choose(only=arguments.only, first=arguments.first, until=arguments.until)
+    reports = run_pipeline(pipeline, steps, runner=arguments.runner)
+    if all(report.skipped for report in reports):
+        print("Nothing has changed: nothing was run.")
+    recipes.finish(pipeline, steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = build_parser()
+    known, rest = parser.parse_known_args(argv)
+    try:
+        if known.help or not known.recipe:
+            _print_help(parser, known)
+            return 0 if known.help else 2
+        _execute(known, split_overrides(rest))
+    except DeclipError as error:
+        print(f"declip: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(
+            "\ndeclip: interrupted; what is done is kept, run the same command again.",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    return 0

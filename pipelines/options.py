@@ -1,0 +1,165 @@
+"""Options of a recipe, made from the fields of its stages; a misspelt one is refused."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from declip_shards import DeclipError
+from declip_shards.errors import did_you_mean
+from pipelines.pipeline import Pipeline
+
+OWN_FLAGS = ("--out", "--only", "--from", "--until", "--runner", "--help")
+"""Flags of the command itself, offered as well for a misspelt one."""
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """One setting that the command line can change."""
+
+    flag: str
+    """``--filter.min-words``"""
+    step: str
+    field: str
+    kind: Any
+    """The field's annotation."""
+    value: Any
+    """What the recipe sets."""
+    help: str
+    """One line: meaning and unit."""
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Docstring literals under the fields of a dataclass and its bases: name -> first line."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for here, below in zip(tree.body, tree.body[1:], strict=False):
+            if (
+                isinstance(here, ast.AnnAssign)
+                and isinstance(here.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
+                docs[here.target.id] = " ".join(below.value.value.split())
+    return docs
+
+
+def options_of(pipeline: Pipeline) -> list[Option]:
+    """Every setting of every step, save ``root``, which ``--out`` sets."""
+    options = []
+    for step in pipeline.steps:
+        kind = type(step.stage)
+        docs, hints = field_docs(kind), typing.get_type_hints(kind)
+        for field in dataclasses.fields(step.stage):  # type: ignore[arg-type]
+            if field.name == "root" or not field.init:
+                continue
+            options.append(
+                Option(
+                    flag=f"--{step.name}.{field.name.replace('_', '-')}",
+                    step=step.name,
+                    field=field.name,
+                    kind=hints[field.name],
+                    value=getattr(step.stage, field.name),
+                    help=docs.get(field.name, ""),
+                )
+            )
+    return options
+
+
+def kind_name(kind: Any) -> str:
+    """How ``--help`` names a type."""
+    if typing.get_origin(kind) is Literal:
+        return "|".join(str(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a,b,..."
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        inner = [a for a in typing.get_args(kind) if a is not type(None)]
+        return f"{kind_name(inner[0])}|none"
+    return str(getattr(kind, "__name__", kind))
+
+
+def parse_value(text: str, kind: Any, flag: str) -> Any:
+    """``text`` as the field's type.
+
+    Raises:
+        DeclipError: naming the flag, the value and what is allowed.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none":
+            return None
+        return parse_value(text, next(a for a in arguments if a is not type(None)), flag)
+    if origin is Literal:
+        for allowed in arguments:
+            if str(allowed) == text:
+                return allowed
+        raise DeclipError(f"{flag} is {text!r}.{did_you_mean(text, [str(a) for a in arguments])}")
+    if origin is tuple:
+        return tuple(parse_value(t, arguments[0], flag) for t in text.split(",") if t)
+    if kind is bool:
+        if text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
+        raise DeclipError(f"{flag} is {text!r}; it may be true or false.")
+    try:
+        return kind(text)
+    except ValueError:
+        raise DeclipError(f"{flag} is {text!r}, which is not {_article(kind)}.") from None
+
+
+def _article(kind: Any) -> str:
+    return {int: "a whole number", float: "a number"}.get(kind, f"a {kind_name(kind)}")
+
+
+def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:
+    """``--a.b value`` and ``--a.b=value`` as pairs; anything else is refused."""
+    pairs: list[tuple[str, str]] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise DeclipError(
+                f"{argument!r} is not an option; settings look like --stage.field VALUE."
+            )
+        flag, equals, value = argument.partition("=")
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise DeclipError(f"{flag} needs a value: {flag} VALUE.")
+            value = following
+        pairs.append((flag, value))
+    return pairs
+
+
+def apply_overrides(pipeline: Pipeline, overrides: Sequence[tuple[str, str]]) -> Pipeline:
+    """The pipeline with the named settings changed.
+
+    Raises:
+        DeclipError: unknown flag (the nearest is offered), wrong value, or one that a stage refuses.
+    """
+    known = {option.flag: option for option in options_of(pipeline)}
+    changes: dict[str, dict[str, Any]] = {}
+    for flag, text in overrides:
+        option = known.get(flag.replace("_", "-"))
+        if option is None:
+            near = did_you_mean(flag, [*known, *OWN_FLAGS]).split(" Known:")[0]
+            raise DeclipError(
+                f"recipe {pipeline.recipe!r} has no option {flag}.{near} "
+                f"All of them: declip run {pipeline.recipe} --help."
+            )
+        changes.setdefault(option.step, {})[option.field] = parse_value(text, option.kind, flag)
+    steps = [
+        dataclasses.replace(step, stage=dataclasses.replace(step.stage, **changes[step.name]))  # type: ignore[type-var]
+        if step.name in changes
+        else step
+        for step in pipeline.steps
+    ]
+    return dataclasses.replace(pipeline, steps=steps)

@@ -1,0 +1,82 @@
+"""A pipeline: named steps, each a stage and the steps it reads."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from declip_shards import DeclipError, Stage
+from declip_shards.errors import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage in its place."""
+
+    name: str
+    """What the command line calls it, and its settings' prefix (``--filter.min-words``)."""
+    stage: Stage
+    """The stage; its fields are its settings."""
+    reads: Sequence[str] = ()
+    """Steps whose manifests enter this one's fingerprint."""
+    on_ray: bool = False
+    """Whether its tasks may run on a cluster (they touch nothing but the dataset)."""
+    service: Callable[[], AbstractContextManager[object]] | None = None
+    """Something that must run while the step does: the demo's HTTP server."""
+    summary: str = ""
+    """One line for the terminal: what the step is for."""
+
+    @property
+    def code_version(self) -> str:
+        """Version of the package that defines the stage: part of the fingerprint."""
+        module = sys.modules[type(self.stage).__module__.partition(".")[0]]
+        return str(getattr(module, "__version__", "0"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What a recipe returns."""
+
+    recipe: str
+    """Name of the recipe."""
+    root: str
+    """Folder (any fsspec URL) of the dataset."""
+    steps: Sequence[Step] = field(default_factory=tuple)
+    """In order; a step reads only earlier ones."""
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for step in self.steps:
+            unknown = sorted(set(step.reads) - seen)
+            if unknown:
+                raise ValueError(f"step {step.name!r} reads {unknown[0]!r}, which is not before it")
+            if step.name in seen:
+                raise ValueError(f"two steps are called {step.name!r}")
+            seen.add(step.name)
+
+    def names(self) -> list[str]:
+        return [step.name for step in self.steps]
+
+    def step(self, name: str) -> Step:
+        """The step of that name; the nearest name is offered for a misspelt one."""
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise DeclipError(
+            f"recipe {self.recipe!r} has no stage {name!r}.{did_you_mean(name, self.names())}"
+        )
+
+    def choose(
+        self, *, only: str | None = None, first: str | None = None, until: str | None = None
+    ) -> list[Step]:
+        """Steps named by ``--only``, ``--from`` and ``--until`` (both ends included)."""
+        if only is not None:
+            if first is not None or until is not None:
+                raise DeclipError("--only names one stage; leave out --from and --until.")
+            return [self.step(only)]
+        names = self.names()
+        start = names.index(self.step(first).name) if first is not None else 0
+        end = names.index(self.step(until).name) if until is not None else len(names) - 1
+        if start > end:
+            raise DeclipError(f"--from {first} comes after --until {until}; swap them.")
+        return list(self.steps[start : end + 1])

@@ -1,0 +1,254 @@
+"""Run the steps of a pipeline: skip what is done, keep what stands, publish a manifest."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from declip_shards import DeclipError, Stage, Store, TaskStats, layout, manifest
+from declip_shards.manifest import Manifest, Receipt
+from pipelines import ray_runner
+from pipelines.lock import workspace_lock
+from pipelines.pipeline import Pipeline, Step
+from pipelines.progress import Progress
+from pipelines.states import input_digests, pipeline_states, why_stale
+
+TaskResult = tuple[str, Receipt | None, str]
+"""(task, its receipt or None, first cause of its failure)."""
+RUNNERS = ("ray", "local")
+"""Where tasks run: on Ray (a cluster, or one started here), or in this process in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the terminal says of a step."""
+
+    step: str
+    skipped: bool
+    num_in: int
+    num_out: int
+    seconds: float
+
+
+def run_task(
+    store: Store, step: str, task: str, digest: str, work: Callable[[str], TaskStats]
+) -> Receipt:
+    """Do one task and write its receipt last. The same function runs here and inside Ray."""
+    receipt = manifest.make_receipt(store, task, digest, work(task))
+    manifest.write_receipt(store, step, receipt)
+    return receipt
+
+
+def run_here(
+    root: str, step: str, stage: Stage, tasks: Sequence[str], digest: str
+) -> Iterator[TaskResult]:
+    """Tasks one after the other in this process; a task that raises does not stop the others."""
+    store, work = Store(root), stage.worker()
+    for task in tasks:
+        try:
+            yield task, run_task(store, step, task, digest, work), ""
+        except DeclipError as error:
+            yield task, None, str(error)
+        except Exception:  # a defect in one task must not lose the others' work
+            yield task, None, traceback.format_exc()
+
+
+def remove_outputs(store: Store, step: str) -> None:
+    """Delete what earlier runs of this step left, by their receipts and nothing else."""
+    receipts = manifest.read_receipts(store, step)
+    store.remove(layout.manifest_path(step))
+    for task, receipt in receipts.items():
+        for path in [*(f.path for f in receipt.files), *receipt.volatile_files]:
+            store.remove(path)
+        store.remove(layout.receipt_path(step, task))
+
+
+def pending_tasks(store: Store, step: Step, digest: str) -> tuple[list[str], dict[str, Receipt]]:
+    """Tasks still to do, and the receipts of those that stand.
+
+    A receipt counts when it carries today's fingerprint and its files are there; those of another
+    fingerprint are removed with their files first, so that results are never mixed.
+    """
+    receipts = manifest.read_receipts(store, step.name)
+    if any(receipt.fingerprint != digest for receipt in receipts.values()):
+        remove_outputs(store, step.name)
+        receipts = {}
+    kept, pending = {}, []
+    for task in step.stage.tasks():
+        receipt = receipts.get(task)
+        if receipt and step.stage.is_done(task) and _files_stand(store, receipt):
+            kept[task] = receipt
+        else:
+            pending.append(task)
+    return pending, kept
+
+
+def _files_stand(store: Store, receipt: Receipt) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return all(store.size(f.path) == f.size for f in receipt.files)
+    return False
+
+
+def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
+    """Run one step if anything it reads or its settings have changed.
+
+    Raises:
+        DeclipError: tasks failed (all named, with their first causes).
+    """
+    store = Store(pipeline.root)
+    last = manifest.read_manifest(store, step.name)
+    if last is not None and not why_stale(store, step, last):
+        return StepReport(
+            step=step.name, skipped=True, num_in=last.num_in, num_out=last.num_out, seconds=0.0
+        )
+    start = time.monotonic()
+    inputs = input_digests(store, step)
+    digest = manifest.fingerprint(step.stage, step.code_version, inputs)
+    store.remove(layout.manifest_path(step.name))
+    pending, receipts = pending_tasks(store, step, digest)
+    _announce(step, len(pending), len(receipts))
+    failures = _run_pending(pipeline, step, pending, receipts, digest, runner)
+    if failures:
+        raise DeclipError(_failure_text(step.name, failures, len(receipts)))
+    result = manifest.build_manifest(
+        step=step.name,
+        stage=step.stage,
+        code_version=step.code_version,
+        inputs=inputs,
+        receipts=list(receipts.values()),
+    )
+    manifest.write_manifest(store, result)
+    seconds = time.monotonic() - start
+    write_run_record(store, result, seconds=seconds, runner=runner)
+    return StepReport(
+        step=step.name,
+        skipped=False,
+        num_in=result.num_in,
+        num_out=result.num_out,
+        seconds=seconds,
+    )
+
+
+def _announce(step: Step, num_pending: int, num_kept: int) -> None:
+    kept = f" ({num_kept} already done)" if num_kept else ""
+    noun = "task" if num_pending == 1 else "tasks"
+    print(f"{step.name}: {step.summary or type(step.stage).__name__}: {num_pending} {noun}{kept}")
+    sys.stdout.flush()
+
+
+def _run_pending(
+    pipeline: Pipeline,
+    step: Step,
+    pending: Sequence[str],
+    receipts: dict[str, Receipt],
+    digest: str,
+    runner: str,
+) -> dict[str, str]:
+    """Run tasks into ``receipts``; return the failed ones with their first cause."""
+    failures: dict[str, str] = {}
+    if not pending:
+        return failures
+    run = ray_runner.run_on_ray if runner == "ray" and step.on_ray else run_here
+    with (
+        step.service() if step.service else contextlib.nullcontext(),
+        Progress(step.name, len(pending) + len(receipts), len(receipts)) as bar,
+    ):
+        for task, receipt, cause in run(pipeline.root, step.name, step.stage, pending, digest):
+            if receipt is None:
+                failures[task] = cause
+                bar.advance(0)
+            else:
+                receipts[task] = receipt
+                bar.advance(receipt.num_in)
+    return failures
+
+
+def _failure_text(step: str, failures: Mapping[str, str], num_done: int) -> str:
+    lines = [f"{len(failures)} of {len(failures) + num_done} tasks of {step!r} failed:"]
+    lines += [f"  {task}: {cause.strip()}" for task, cause in sorted(failures.items())[:20]]
+    if len(failures) > 20:
+        lines.append(f"  ... and {len(failures) - 20} more")
+    if num_done:
+        lines.append("What is done is kept: run the same command again after mending it.")
+    return "\n".join(lines)
+
+
+def write_run_record(store: Store, done: Manifest, *, seconds: float, runner: str) -> None:
+    """Times of the last run: beside the manifest, never in it, so that manifests stay equal."""
+    record = {
+        "step": done.step,
+        "seconds": round(seconds, 2),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "runner": runner,
+    }
+    store.write_bytes(f"manifests/{done.step}.run.json", json.dumps(record).encode())
+
+
+def read_run_record(store: Store, step: str) -> dict[str, object]:
+    """Times of a step's last run; empty where it never finished."""
+    try:
+        record: dict[str, object] = json.loads(store.read_bytes(f"manifests/{step}.run.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record
+
+
+def check_root(pipeline: Pipeline) -> None:
+    """Refuse an output folder that cannot be written, or that holds somebody else's files."""
+    store = Store(pipeline.root)
+    if store.is_local and os.path.isfile(store.root):
+        raise DeclipError(f"the output folder {pipeline.root!r} is a file; choose another --out.")
+    if store.list("shards", ".tar") and not store.fs.isdir(store.path("manifests")):
+        raise DeclipError(
+            f"{pipeline.root!r} has shards that no recipe of ours made; they are left alone: "
+            "choose another --out, or read them in place with a recipe that starts at filter."
+        )
+    store.check_writable()
+
+
+def check_upstream(pipeline: Pipeline, steps: Sequence[Step]) -> None:
+    """Refuse to build on steps that are left out of this run and are not done as now set.
+
+    Otherwise ``--only train --filter.min-words 5`` would train on yesterday's selection.
+    """
+    chosen = {step.name for step in steps}
+    states = {state.step: state for state in pipeline_states(pipeline)}
+    for step in steps:
+        for name in step.reads:
+            if name not in chosen and states[name].state != "done":
+                raise DeclipError(
+                    f"stage {step.name!r} reads {name!r}, which is {states[name].state} "
+                    f"({states[name].why}) and is not part of this run; "
+                    f"run it too: declip run {pipeline.recipe} --from {name}."
+                )
+
+
+def run_pipeline(
+    pipeline: Pipeline, steps: Sequence[Step], *, runner: str = "ray"
+) -> list[StepReport]:
+    """Run ``steps`` in order; stop at the first that fails."""
+    if runner not in RUNNERS:
+        raise DeclipError(f"--runner is {runner!r}; it may be {' or '.join(RUNNERS)}.")
+    check_root(pipeline)
+    check_upstream(pipeline, steps)
+    reports = []
+    with workspace_lock(Store(pipeline.root)), ray_runner.shut_down_after():
+        for step in steps:
+            report = run_step(pipeline, step, runner=runner)
+            reports.append(report)
+            _print_report(report)
+    return reports
+
+
+def _print_report(report: StepReport) -> None:
+    if report.skipped:
+        print(f"{report.step}: nothing to do ({report.num_in:,} in, {report.num_out:,} out)")
+    else:
+        print(
+            f"{report.step}: {report.num_in:,} in, {report.num_out:,} out, {report.seconds:.1f} s",
+            flush=True,
+        )

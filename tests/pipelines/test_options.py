@@ -1,0 +1,49 @@
+import pytest
+from test_runner import toy
+
+from declip_shards import DeclipError
+from pipelines.options import apply_overrides, options_of, parse_value, split_overrides
+
+
+def test_every_option_has_a_help_line_and_its_value(tmp_path):
+    options = {o.flag: o for o in options_of(toy(tmp_path))}
+    assert options["--numbers.count"].help == "Numbers a task writes."
+    assert options["--numbers.count"].value == 10
+    assert "--numbers.root" not in options
+    assert all(o.help for o in options.values())
+
+
+def test_overrides_reach_the_stage(tmp_path):
+    pairs = split_overrides(["--numbers.count", "4", "--sum.factor=0.5", "--numbers.style", "even"])
+    changed = apply_overrides(toy(tmp_path), pairs)
+    assert changed.step("numbers").stage.count == 4
+    assert changed.step("numbers").stage.style == "even"
+    assert changed.step("sum").stage.factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--numbers.cuont", "4"], "no option --numbers.cuont. Did you mean '--numbers.count'"),
+        (["--onyl", "sum"], "Did you mean '--only'"),
+        (["--numbers.count", "many"], "'many', which is not a whole number"),
+        (["--numbers.style", "evn"], "Did you mean 'even'"),
+        (["--numbers.count"], "--numbers.count needs a value"),
+        (["--numbers.count", "0"], "count is 0; it must be at least 1"),
+        (["stray"], "'stray' is not an option"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_sentence(tmp_path, arguments, sentence):
+    with pytest.raises(DeclipError) as error:
+        apply_overrides(toy(tmp_path), split_overrides(arguments))
+    assert sentence in str(error.value)
+
+
+def test_values_of_every_kind():
+    assert parse_value("none", int | None, "--x") is None
+    assert parse_value("3", int | None, "--x") == 3
+    assert parse_value("a,b", tuple[str, ...], "--x") == ("a", "b")
+    assert parse_value("", tuple[str, ...], "--x") == ()
+    assert parse_value("off", bool, "--x") is False
+    with pytest.raises(DeclipError, match="true or false"):
+        parse_value("maybe", bool, "--x")

@@ -1,0 +1,179 @@
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from toy_stages import MakeNumbers, SumNumbers
+
+from declip_shards import DeclipError, Store
+from pipelines.pipeline import Pipeline, Step
+from pipelines.runner import run_pipeline
+from pipelines.states import pipeline_states
+
+
+def toy(root, *, factor=1.0, **numbers):
+    return Pipeline(
+        recipe="toy",
+        root=str(root),
+        steps=(
+            Step(name="numbers", stage=MakeNumbers(root=str(root), **numbers), on_ray=True),
+            Step(name="sum", stage=SumNumbers(root=str(root), factor=factor), reads=("numbers",)),
+        ),
+    )
+
+
+def run(pipeline, runner="local", **choice):
+    return {r.step: r for r in run_pipeline(pipeline, pipeline.choose(**choice), runner=runner)}
+
+
+def manifests(root):
+    return {
+        name: hashlib.sha256((root / "manifests" / f"{name}.json").read_bytes()).hexdigest()
+        for name in ("numbers", "sum")
+    }
+
+
+def test_a_second_run_does_nothing_and_does_not_start_ray(tmp_path):
+    first = run(toy(tmp_path))
+    assert not first["sum"].skipped
+    before = manifests(tmp_path)
+    second = run(toy(tmp_path), runner="ray")
+    assert all(r.skipped for r in second.values())
+    assert manifests(tmp_path) == before
+    ray = sys.modules.get("ray")
+    assert ray is None or not ray.is_initialized()
+
+
+def test_a_change_reruns_what_follows_and_nothing_before(tmp_path):
+    run(toy(tmp_path))
+    changed = run(toy(tmp_path, factor=2.0))
+    assert changed["numbers"].skipped
+    assert not changed["sum"].skipped
+    assert (tmp_path / "sum.txt").read_text() == "270"
+    changed = run(toy(tmp_path, factor=2.0, count=3))
+    assert not changed["numbers"].skipped
+    assert (tmp_path / "sum.txt").read_text() == "18"
+
+
+def test_why_says_the_setting_with_both_values(tmp_path):
+    run(toy(tmp_path))
+    states = {s.step: s for s in pipeline_states(toy(tmp_path, count=7))}
+    assert states["numbers"].why == "numbers.count changed from 10 to 7"
+    assert states["sum"].why == "reads numbers, which is out of date"
+    (tmp_path / "numbers" / "00001.txt").unlink()
+    states = {s.step: s for s in pipeline_states(toy(tmp_path))}
+    assert states["numbers"].why == "numbers/00001.txt is missing or has another size"
+    assert [s.state for s in pipeline_states(toy(tmp_path / "else"))] == ["new", "new"]
+
+
+def test_results_of_two_settings_are_never_mixed(tmp_path):
+    run(toy(tmp_path, num_tasks=5))
+    run(toy(tmp_path, num_tasks=2))
+    assert sorted(p.name for p in (tmp_path / "numbers").glob("*.txt")) == [
+        "00000.txt",
+        "00001.txt",
+    ]
+
+
+def test_a_failed_task_is_named_the_others_are_kept_and_nothing_is_published(tmp_path):
+    with pytest.raises(DeclipError, match=r"(?s)1 of 3 tasks of 'numbers' failed.*00001.*told to"):
+        run(toy(tmp_path, fail_task="00001"))
+    assert not (tmp_path / "manifests" / "numbers.json").exists()
+    assert pipeline_states(toy(tmp_path, fail_task="00001"))[0].why.startswith(
+        "interrupted: 2 tasks are done"
+    )
+
+
+def test_only_the_missing_task_is_done_again(tmp_path):
+    run(toy(tmp_path))
+    clean = manifests(tmp_path)
+    times = {p.name: p.read_text() for p in (tmp_path / "numbers").glob("*.time")}
+    (tmp_path / "manifests" / "numbers.json").unlink()
+    (tmp_path / "numbers" / "00002.txt").unlink()
+    run(toy(tmp_path))
+    again = {p.name: p.read_text() for p in (tmp_path / "numbers").glob("*.time")}
+    assert {n for n in times if times[n] != again[n]} == {"00002.time"}
+    assert manifests(tmp_path) == clean
+
+
+def test_a_stage_left_out_must_be_done_as_now_set(tmp_path):
+    with pytest.raises(DeclipError, match=r"'sum' reads 'numbers', which is new .*--from numbers"):
+        run(toy(tmp_path), only="sum")
+    run(toy(tmp_path))
+    with pytest.raises(DeclipError, match="count changed from 10 to 5"):
+        run(toy(tmp_path, count=5), only="sum")
+
+
+def test_a_misspelt_stage_gets_the_nearest_name(tmp_path):
+    with pytest.raises(DeclipError, match="Did you mean 'numbers'"):
+        toy(tmp_path).choose(only="number")
+
+
+def test_foreign_shards_are_left_alone(tmp_path):
+    Store(str(tmp_path)).write_bytes("shards/00000.tar", b"theirs")
+    with pytest.raises(DeclipError, match="no recipe of ours made"):
+        run(toy(tmp_path))
+    assert (tmp_path / "shards" / "00000.tar").read_bytes() == b"theirs"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_process(tmp_path):
+    code = (
+        "import sys,time;from declip_shards import Store;from pipelines.lock import workspace_lock\n"
+        f"with workspace_lock(Store({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(DeclipError, match=f"process {holder.pid}"):
+            run(toy(tmp_path))
+        holder.kill()
+        holder.wait()
+    run(toy(tmp_path))
+
+
+def test_kill_at_random_moments_ends_in_the_manifests_of_a_clean_run(tmp_path):
+    run(toy(tmp_path / "clean", num_tasks=40))
+    clean = manifests(tmp_path / "clean")
+    code = (
+        "import sys; from test_runner import toy, run\n"
+        f"run(toy({str(tmp_path / 'killed')!r}, num_tasks=40))"
+    )
+    paths = [os.path.dirname(__file__), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    for delay in (0.15, 0.2, 0.3, 0.4, 0.5):
+        with subprocess.Popen([sys.executable, "-c", code], env=env) as process:
+            while (
+                not (tmp_path / "killed" / "manifests" / "lock").exists() and process.poll() is None
+            ):
+                time.sleep(0.01)
+            time.sleep(delay / 10)
+            process.kill()
+    run(toy(tmp_path / "killed", num_tasks=40))
+    assert manifests(tmp_path / "killed") == clean
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_manifests_even_when_a_worker_dies(tmp_path):
+    run(toy(tmp_path / "here", num_tasks=6))
+    mark = tmp_path / "died"
+    run(toy(tmp_path / "ray", num_tasks=6, die_once=str(mark)), runner="ray")
+    assert mark.exists()
+    assert manifests(tmp_path / "ray") == manifests(tmp_path / "here")
+
+
+@pytest.mark.ray
+def test_ray_names_the_failed_task(tmp_path):
+    with pytest.raises(DeclipError, match=r"(?s)1 of 3 tasks.*00002: task 00002 was told to fail"):
+        run(toy(tmp_path, fail_task="00002"), runner="ray")
+
+
+def test_stage_protocol_is_met_by_the_toys(tmp_path):
+    from declip_shards import Stage
+
+    for step in toy(tmp_path).steps:
+        assert isinstance(step.stage, Stage)
+        assert dataclasses.is_dataclass(step.stage)
