@@ -143,7 +143,7 @@ def apply_overrides(pipeline: Pipeline, overrides: Sequence[tuple[str, str]]) ->
     """The pipeline with the named settings changed.
 
     Raises:
-        DeclipError: unknown flag (the nearest is offered), wrong value, or one that a stage refuses.
+        DeclipError: unknown flag (the nearest is offered), or a value that a stage refuses.
     """
     known = {option.flag: option for option in options_of(pipeline)}
     changes: dict[str, dict[str, Any]] = {}

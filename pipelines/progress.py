@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ class Progress:
         self.num_samples = 0
         self._first = num_done
         self._start = self._last_line = time.monotonic()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=num_tasks, initial=num_done, desc=name, unit="task")
 

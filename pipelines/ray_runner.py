@@ -17,9 +17,10 @@ LOST_WORKER_RETRIES = 3
 
 
 @lru_cache(maxsize=4)
-def _loaded_worker(stage: Stage) -> Callable[[str], TaskStats]:
+def _loaded_worker(stage: Any) -> Callable[[str], TaskStats]:
     """A stage's worker, once a process (stages are frozen, so they are their own key)."""
-    return stage.worker()
+    worker: Callable[[str], TaskStats] = stage.worker()
+    return worker
 
 
 def _ray_task(

@@ -1,0 +1,379 @@
+"""The evaluation stage: held-out samples of the shards through `declip_eval`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from tqdm import tqdm
+
+from declip_eval.intervals import metric_intervals
+from declip_eval.linear_probe import linear_probe
+from declip_eval.ranking import top_matches
+from declip_eval.results import EvalResult, Provenance, format_results_table, write_result
+from declip_eval.retrieval import chance_retrieval, group_captions, retrieval
+from declip_eval.templates import get_templates
+from declip_eval.zeroshot import build_classifier, chance_classification, zeroshot_classification
+from declip_filter.embeddings import EmbedPairs, read_part, read_vectors
+from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
+from pipelines.encoders import FACTORY, CheckpointEncoder, checkpoint_encoder
+
+ROW_COLUMNS = ["key", "status", "caption", "label", "category", "split"]
+TOP_K = 5
+"""Answers kept a query for the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """One row per downloaded sample, in the order of keys, with its features."""
+
+    keys: list[str]
+    captions: list[str]
+    labels: list[str]
+    categories: list[str]
+    splits: list[str]
+    images: npt.NDArray[np.float32]
+    """(n, dim), unit length."""
+
+    def rows(self, splits: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Rows whose split is one of ``splits``."""
+        return np.flatnonzero([split in splits for split in self.splits])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateModel:
+    """Zero-shot classification, linear probe and retrieval on the held-out splits."""
+
+    root: str = field(default="", metadata={"fingerprint": False})
+    """Dataset folder."""
+    export: str = "train/export"
+    """Folder of the model's export, relative to the dataset."""
+    embeddings: str = "model"
+    """Name under which the model's own embeddings of all samples are stored."""
+    dataset: str = "demo"
+    """Name of the data in the results."""
+    model: str = "ViT-Ti-8-48"
+    """Name of the model's architecture in the results."""
+    pretrained: str = "declip_demo"
+    """Name of the weights in the results."""
+    zeroshot_splits: tuple[str, ...] = ("test_vendor", "test_concept")
+    """Splits whose labels are classified zero-shot."""
+    retrieval_splits: tuple[str, ...] = ("test_vendor", "test_concept")
+    """Splits for image-text retrieval."""
+    probe_train_splits: tuple[str, ...] = ("train",)
+    """Splits that the linear probe learns the categories from."""
+    probe_test_split: str = "test_vendor"
+    """Split that the linear probe is tested on."""
+    templates: str = "simple"
+    """Prompt templates: simple, photo, openai_7 or name_only."""
+    max_classes: int = 500
+    """Most classes of a zero-shot task; more are sampled by the seed."""
+    max_retrieval_samples: int = 500
+    """Most samples of a retrieval task; more are sampled by the seed."""
+    batch_size: int = 256
+    """Images that go through the tower at once."""
+    seed: int = 0
+    """Of the samples of classes and pairs, and of the probe's validation split."""
+
+    num_cpus: ClassVar[float] = 1
+    num_gpus: ClassVar[float] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_classes", "max_retrieval_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise DeclipError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        try:
+            get_templates(self.templates)
+        except ValueError as error:
+            raise DeclipError(str(error)) from error
+
+    def tasks(self) -> Sequence[str]:
+        return ["all"]
+
+    def is_done(self, task: str) -> bool:
+        return Store(self.root).exists("eval/table.txt")
+
+    def worker(self) -> Callable[[str], TaskStats]:
+        return lambda task: evaluate(self)
+
+
+def evaluate(stage: EvaluateModel) -> TaskStats:
+    """Run every task of the stage and write its results under ``eval/``."""
+    store = Store(stage.root)
+    files = embed_everything(stage)
+    data = read_held_out(store, stage.embeddings)
+    encoder = checkpoint_encoder(stage.export, root=stage.root, device="cpu")
+    results: list[EvalResult] = []
+    predictions: list[dict[str, Any]] = []
+    retrieved: list[dict[str, Any]] = []
+    for split in stage.zeroshot_splits:
+        result, rows = zeroshot_task(stage, data, encoder, split)
+        results.append(result)
+        predictions += rows
+    results.append(probe_task(stage, store, data, encoder))
+    for split in stage.retrieval_splits:
+        result, rows = retrieval_task(stage, data, encoder, split)
+        results.append(result)
+        retrieved += rows
+    folder = store.local_path("eval")
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        path = write_result(with_identity(result, store, encoder), folder)
+        files.append(f"eval/{path.name}")
+    for name, rows in (("predictions", predictions), ("retrieval", retrieved)):
+        files.append(f"eval/{name}.parquet")
+        sidecars.write_table(store, files[-1], pa.Table.from_pylist(rows))
+    store.write_bytes("eval/table.txt", (format_results_table(results) + "\n").encode())
+    files.append("eval/table.txt")
+    num_out = len(data.rows([*stage.zeroshot_splits, *stage.retrieval_splits]))
+    not_held_out = len(data.keys) - num_out
+    return TaskStats(
+        num_in=len(data.keys),
+        num_out=num_out,
+        reasons={"not_in_an_evaluated_split": not_held_out} if not_held_out else {},
+        files=sorted(set(files)),
+        extra={f"{r.dataset} {r.task}": dict(r.metrics) for r in results},
+    )
+
+
+def embed_everything(stage: EvaluateModel) -> list[str]:
+    """Embed every downloaded sample with the model, in clip-retrieval's layout."""
+    embed = EmbedPairs(
+        root=stage.root,
+        name=stage.embeddings,
+        encoder=f"checkpoint:{stage.export}",
+        encoder_factory=FACTORY,
+        selection="",
+        texts=True,
+        images=True,
+        batch_size=stage.batch_size,
+    )
+    work = embed.worker()
+    files: list[str] = []
+    for shard in tqdm(embed.tasks(), desc="eval: embed", unit="shard", disable=None):
+        files += work(shard).files
+    return files
+
+
+def read_held_out(store: Store, embeddings: str) -> HeldOut:
+    """Rows of all shards joined to their image features by key.
+
+    Raises:
+        DeclipError: the shards lack the columns ``label``, ``category`` or ``split``.
+    """
+    rows: list[Mapping[str, Any]] = []
+    images = []
+    for shard in layout.list_shards(store):
+        table = sidecars.read_rows(store, layout.shard_parquet_path(shard), ROW_COLUMNS)
+        by_key = {row["key"]: row for row in table if row["status"] == "success"}
+        vectors, keys = read_vectors(
+            store, embeddings, "img_emb", read_part(store, embeddings, shard)
+        )
+        if sorted(by_key) != keys:
+            raise DeclipError(
+                f"embeddings {embeddings!r} of shard {shard} are not of its samples; "
+                "rerun eval after ingest."
+            )
+        rows += [by_key[key] for key in keys]
+        images.append(vectors.astype(np.float32))
+    return HeldOut(
+        keys=[str(row["key"]) for row in rows],
+        captions=[str(row["caption"]) for row in rows],
+        labels=[str(row["label"] or "") for row in rows],
+        categories=[str(row["category"] or "") for row in rows],
+        splits=[str(row["split"] or "") for row in rows],
+        images=np.concatenate(images),
+    )
+
+
+def _sample(items: Sequence[Any], most: int, seed: int) -> list[Any]:
+    """At most ``most`` of ``items``, drawn by ``seed``, in their own order."""
+    if len(items) <= most:
+        return list(items)
+    chosen = np.random.default_rng(seed).permutation(len(items))[:most]
+    return [items[i] for i in sorted(chosen)]
+
+
+def _split_rows(data: HeldOut, split: str) -> npt.NDArray[np.int64]:
+    rows = data.rows([split])
+    if not len(rows):
+        known = sorted({s for s in data.splits if s})
+        raise DeclipError(
+            f"split {split!r} has no sample; the shards have {', '.join(known) or 'none'}: "
+            "set the stage's splits to those."
+        )
+    return rows
+
+
+def zeroshot_task(
+    stage: EvaluateModel, data: HeldOut, encoder: CheckpointEncoder, split: str
+) -> tuple[EvalResult, list[dict[str, Any]]]:
+    """Classify a split's images among the split's own labels."""
+    rows = [i for i in _split_rows(data, split) if data.labels[i]]
+    classes = _sample(sorted({data.labels[i] for i in rows}), stage.max_classes, stage.seed)
+    index_of = {name: index for index, name in enumerate(classes)}
+    rows = [i for i in rows if data.labels[i] in index_of]
+    labels = np.array([index_of[data.labels[i]] for i in rows])
+    classifier = build_classifier(encoder.encode_text, classes, get_templates(stage.templates))
+    scores = zeroshot_classification(data.images[rows], classifier, labels)
+    best, cosines = top_matches(data.images[rows], classifier.T, min(TOP_K, len(classes)))
+    predictions = [
+        {
+            "split": split,
+            "key": data.keys[i],
+            "label": data.labels[i],
+            "category": data.categories[i],
+            "predicted": [classes[j] for j in best[n]],
+            "scores": [float(c) for c in cosines[n]],
+        }
+        for n, i in enumerate(rows)
+    ]
+    chance = {k: v for k, v in chance_classification(len(classes)).items() if k in scores.metrics}
+    result = EvalResult(
+        dataset=f"{stage.dataset}/{split}",
+        model=stage.model,
+        pretrained=stage.pretrained,
+        task="zeroshot_classification",
+        metrics=scores.metrics,
+        provenance=Provenance(
+            num_samples=len(rows),
+            num_classes=len(classes),
+            chance=chance,
+            intervals=metric_intervals(scores.metrics, len(rows)),
+            templates=stage.templates,
+            settings={"seed": stage.seed},
+        ),
+    )
+    return result, predictions
+
+
+def retrieval_task(
+    stage: EvaluateModel, data: HeldOut, encoder: CheckpointEncoder, split: str
+) -> tuple[EvalResult, list[dict[str, Any]]]:
+    """Find a split's images by their captions, and the captions by the images."""
+    rows = _sample(list(_split_rows(data, split)), stage.max_retrieval_samples, stage.seed)
+    texts, positives = group_captions([data.captions[i] for i in rows])
+    text_features = encoder.encode_text(texts)
+    recall_k = [k for k in (1, 5, 10) if k <= min(len(texts), len(rows))]
+    metrics = retrieval(data.images[rows], text_features, positives, recall_k=recall_k)
+    trials = {name: len(texts) if name.startswith("image") else len(rows) for name in metrics}
+    best, cosines = top_matches(text_features, data.images[rows], min(TOP_K, len(rows)))
+    answers = [
+        {
+            "split": split,
+            "caption": text,
+            "keys": [data.keys[rows[j]] for j in best[n]],
+            "right": [n in positives[j] for j in best[n]],
+            "scores": [float(c) for c in cosines[n]],
+        }
+        for n, text in enumerate(texts)
+    ]
+    result = EvalResult(
+        dataset=f"{stage.dataset}/{split}",
+        model=stage.model,
+        pretrained=stage.pretrained,
+        task="zeroshot_retrieval",
+        metrics=metrics,
+        provenance=Provenance(
+            num_samples=len(rows),
+            num_trials=trials,
+            chance=chance_retrieval(positives, len(texts), recall_k=recall_k),
+            intervals=metric_intervals(metrics, trials),
+            settings={"seed": stage.seed, "num_captions": len(texts)},
+        ),
+    )
+    return result, answers
+
+
+def probe_task(
+    stage: EvaluateModel, store: Store, data: HeldOut, encoder: CheckpointEncoder
+) -> EvalResult:
+    """Fit categories on frozen features of the training splits, test on another vendor's."""
+    train = [i for i in data.rows(stage.probe_train_splits) if data.categories[i]]
+    test = [i for i in _split_rows(data, stage.probe_test_split) if data.categories[i]]
+    names = sorted({data.categories[i] for i in train} & {data.categories[i] for i in test})
+    if len(names) < 2:
+        raise DeclipError(
+            f"the linear probe needs two categories that both {stage.probe_train_splits} and "
+            f"{stage.probe_test_split!r} have; there are {len(names)}."
+        )
+    index_of = {name: index for index, name in enumerate(names)}
+    chosen = [i for i in (*train, *test) if data.categories[i] in index_of]
+    features = unprojected(stage, store, encoder, {data.keys[i] for i in chosen})
+    test_rows = set(test)
+    parts: dict[bool, tuple[list[npt.NDArray[np.float32]], list[int]]] = {
+        True: ([], []),
+        False: ([], []),
+    }
+    for i in chosen:
+        vectors, labels = parts[i in test_rows]
+        vectors.append(features[data.keys[i]])
+        labels.append(index_of[data.categories[i]])
+    fitted = linear_probe(
+        np.stack(parts[False][0]),
+        np.array(parts[False][1]),
+        np.stack(parts[True][0]),
+        np.array(parts[True][1]),
+        seed=stage.seed,
+    )
+    metrics = {k: v for k, v in fitted.items() if k.startswith("lp_")}
+    num_test = len(parts[True][1])
+    chance = {"lp_" + k: v for k, v in chance_classification(len(names)).items()}
+    return EvalResult(
+        dataset=f"{stage.dataset}/{stage.probe_test_split}",
+        model=stage.model,
+        pretrained=stage.pretrained,
+        task="linear_probe",
+        metrics=metrics,
+        provenance=Provenance(
+            num_samples=num_test,
+            num_classes=len(names),
+            chance={k: v for k, v in chance.items() if k in metrics},
+            intervals=metric_intervals(metrics, num_test),
+            settings={k: v for k, v in fitted.items() if not k.startswith("lp_")}
+            | {"seed": stage.seed, "num_train": len(parts[False][1])},
+        ),
+    )
+
+
+def unprojected(
+    stage: EvaluateModel, store: Store, encoder: CheckpointEncoder, keys: set[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Features before the projection of the samples in ``keys``."""
+    features: dict[str, npt.NDArray[np.float32]] = {}
+    shards = layout.list_shards(store)
+    for shard in tqdm(shards, desc="eval: probe features", unit="shard", disable=None):
+        samples = [s for s in read_samples(store, shard) if s.key in keys]
+        for start in range(0, len(samples), stage.batch_size):
+            batch = samples[start : start + stage.batch_size]
+            _, pooled = encoder.encode_image_both([s.image for s in batch])
+            features |= {s.key: row for s, row in zip(batch, pooled, strict=True)}
+    return features
+
+
+def with_identity(result: EvalResult, store: Store, encoder: CheckpointEncoder) -> EvalResult:
+    """Add what was read and by which versions, so that a number can be had again."""
+    import dataclasses
+
+    import sklearn
+    import torch
+
+    from pipelines import __version__
+
+    assert result.provenance is not None
+    hashes = {"weights": encoder.digest}
+    hashes |= {
+        step: digest
+        for step in ("ingest", "train")
+        if (digest := manifest.manifest_digest(store, step)) is not None
+    }
+    versions = {
+        "opendeclip": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+    provenance = dataclasses.replace(result.provenance, hashes=hashes, versions=versions)
+    return dataclasses.replace(result, provenance=provenance)
