@@ -100,7 +100,8 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     reports = run_pipeline(pipeline, steps, runner=arguments.runner)
     if all(report.skipped for report in reports):
         print("Nothing has changed: nothing was run.")
-    recipes.finish(pipeline, steps)
+    if {"eval", "report"} & {step.name for step in steps}:
+        recipes.finish(pipeline)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

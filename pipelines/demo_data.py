@@ -5,7 +5,8 @@
 - ``files/SOURCE/NAME.(png|jpg|webp)``: the pictures;
 - ``pairs.parquet``: one row a URL (columns: TABLE_SCHEMA), in a fixed shuffled order;
 - ``files.json``: every file's sha256 and size, written last: the mark of done;
-- ``recipe.json``: what the pictures were made with; another recipe starts over.
+- ``recipe.json``: what the pictures were made with; another recipe starts over;
+- ``journal.jsonl``, until all is done: what is already written, for the run after a kill.
 
 The same settings give the same bytes, also after a kill at any point and a second run.
 """
@@ -30,7 +31,13 @@ from declip_shards.store import Store, atomic_write
 from pipelines.demo_captions import CaptionWriter, choose_held_out, choose_split, stable_hash
 from pipelines.demo_faults import make_failure_url, make_junk
 from pipelines.demo_packages import PACKAGES, Client, Package, fetch_packages, file_sha256
-from pipelines.demo_render import FileRecord, RenderTask, write_images
+from pipelines.demo_render import (
+    FileRecord,
+    RenderTask,
+    format_journal,
+    read_journal,
+    write_images,
+)
 from pipelines.demo_server import MAX_PORT
 from pipelines.demo_sources import VENDORS, Picture, read_pictures
 
@@ -62,6 +69,7 @@ TABLE_SCHEMA = pa.schema(
 made to fail or to be dropped. expected_status: empty, or the failure the row is made for."""
 _JPEG_SHARE = 3  # one rendered icon in so many is a JPEG, the others are PNG
 _LAYOUT_VERSION = 1
+"""Part of the recipe: raise it when the code draws or names pictures differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,20 +157,24 @@ def prepare_demo(
     archives = fetch_packages(packages, cache, client=client)
     recipe = _make_recipe(settings, packages)
     stamp = {"settings": asdict(settings), "recipe": recipe}
+    journal = folder / "journal.jsonl"
     found = _read_finished(folder, stamp)
     if found is not None:
+        journal.unlink(missing_ok=True)  # a run was killed between its last two steps
         _LOG.info("the demo's data is complete: %d rows", found.num_rows)
         return found
-    _start_over_unless(folder, recipe)
+    _start_over(folder, recipe, journal)
     pictures = read_pictures(archives)
     rows, tasks = plan_rows(pictures, settings)
-    records = write_images(folder, tasks, size=settings.image_size, num_processes=NUM_PROCESSES)
+    records = write_images(
+        folder, tasks, size=settings.image_size, num_processes=NUM_PROCESSES, journal=journal
+    )
     _remove_strangers(folder, records)
     table = folder / "pairs.parquet"
-    data = _to_parquet(rows)
-    atomic_write(table, data)
+    atomic_write(table, _to_parquet(rows))
     summary = _summarize(table, rows, len(pictures), settings)
     _write_mark(folder, stamp, summary, records)
+    journal.unlink(missing_ok=True)
     return summary
 
 
@@ -175,16 +187,37 @@ def _make_recipe(settings: DemoSettings, packages: Mapping[str, Package]) -> dic
     }
 
 
-def _start_over_unless(folder: Path, recipe: Mapping[str, Any]) -> None:
+def _start_over(folder: Path, recipe: Mapping[str, Any], journal: Path) -> None:
     """Remove what stands for another table; also the pictures, if they are of another recipe."""
-    for name in ("files.json", "pairs.parquet"):
-        (folder / name).unlink(missing_ok=True)
     data = _to_json(recipe)
     stamp = folder / "recipe.json"
-    if not stamp.is_file() or stamp.read_bytes() != data:
+    if stamp.is_file() and stamp.read_bytes() == data:
+        # What the old mark says of the pictures is still true: keep it where a kill leaves it.
+        mark = _read_json(folder / "files.json")
+        known = read_journal(journal) | _records_of(mark)
+        atomic_write(journal, format_journal(known))
+    else:
+        # The stamp goes first: pictures without one are of an unknown recipe.
+        for path in (stamp, journal):
+            path.unlink(missing_ok=True)
         if (folder / "files").exists():
             shutil.rmtree(folder / "files")
-        atomic_write(stamp, data)
+    for name in ("files.json", "pairs.parquet"):
+        (folder / name).unlink(missing_ok=True)
+    atomic_write(stamp, data)
+
+
+def _records_of(mark: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {p: FileRecord(sha256=sha, size=n) for p, (sha, n) in mark.get("files", {}).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def plan_rows(
@@ -332,7 +365,7 @@ def _remove_strangers(folder: Path, records: Mapping[str, FileRecord]) -> None:
             if not any(path.iterdir()):
                 path.rmdir()
         elif path.relative_to(folder).as_posix() not in records:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a killed run's last worker may be faster
 
 
 def _write_mark(
@@ -353,11 +386,8 @@ def _write_mark(
 
 def _read_mark(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The mark of done, if it is for these settings."""
-    try:
-        mark = json.loads((folder / "files.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return mark if isinstance(mark, dict) and mark.get("settings") == settings else None
+    mark = _read_json(folder / "files.json")
+    return mark if mark.get("settings") == settings else None
 
 
 def is_prepared(folder: Path, settings: DemoSettings) -> bool:
@@ -372,17 +402,15 @@ def is_prepared(folder: Path, settings: DemoSettings) -> bool:
 
 
 def _read_finished(folder: Path, stamp: Mapping[str, Any]) -> DemoTable | None:
-    """What a finished run left, if every byte of it is still there; damaged files are removed."""
+    """What a finished run left, if every byte of it is still there."""
     mark = _read_mark(folder, stamp["settings"])
     if mark is None or mark["recipe"] != stamp["recipe"]:
         return None
-    is_whole = True
-    for name, (sha256, _) in mark["files"].items():
+    table = folder / "pairs.parquet"
+    digests = {path: record.sha256 for path, record in _records_of(mark).items()}
+    digests[table.name] = mark["pairs_sha256"]
+    for name, sha256 in digests.items():
         path = folder / name
         if not path.is_file() or file_sha256(path) != sha256:
-            path.unlink(missing_ok=True)
-            is_whole = False
-    table = folder / "pairs.parquet"
-    if not is_whole or not table.is_file() or file_sha256(table) != mark["pairs_sha256"]:
-        return None
+            return None
     return DemoTable(path=table, **mark["summary"])

@@ -2,13 +2,15 @@
 
 import hashlib
 import io
+import json
 import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -69,27 +71,36 @@ def render_svg(svg: str, size: int, extension: str) -> bytes:
 
 
 def write_images(
-    folder: Path, tasks: Sequence[RenderTask], *, size: int, num_processes: int
+    folder: Path, tasks: Sequence[RenderTask], *, size: int, num_processes: int, journal: Path
 ) -> dict[str, FileRecord]:
     """Write every task's file under ``folder``; return path -> record, sorted by path.
 
-    A file that is there and decodes to its end is kept. Each appears under its name whole or not
-    at all. ``size`` is the side of rendered images in pixels. Raises DeclipError naming the first
-    picture that cannot be drawn.
+    A file that still has the sha256 that ``journal`` names for it is kept; a run that is killed
+    leaves its journal for the next one. ``size`` is the side of rendered images in pixels.
+    Raises DeclipError naming the first picture that cannot be drawn.
     """
     for parent in sorted({(folder / task.path).parent for task in tasks}):
         parent.mkdir(parents=True, exist_ok=True)
-    chunks = [tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK)]
+    known = read_journal(journal)
+    work = [(task, known.get(task.path)) for task in tasks]
+    chunks = [work[start : start + _CHUNK] for start in range(0, len(work), _CHUNK)]
     records: dict[str, FileRecord] = {}
     # Spawned, not forked: the caller may run threads (Ray, a server), and a fork copies their
     # locks. An executor, not a Pool: it notices a killed child, where a Pool waits for ever.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+    with (
+        ProcessPoolExecutor(
+            num_processes, mp_context=context, initializer=_exit_with_parent
+        ) as pool,
+        journal.open("ab") as log,
+    ):
         futures = [pool.submit(_write_chunk, folder, chunk, size) for chunk in chunks]
         try:
             done = (future.result() for future in as_completed(futures))
             for written in track_progress(done, len(tasks), "render"):
                 records.update(written)
+                log.write(format_journal(written))
+                log.flush()
         except BrokenProcessPool as error:
             raise DeclipError(
                 "a process that renders the demo's pictures died, most likely killed for lack of "
@@ -98,10 +109,45 @@ def write_images(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    # One flush for all, because ten thousand would take longer than the rendering: the caller
-    # marks the work as done only after this.
+    # One flush for all, because ten thousand take longer than the rendering: the caller marks
+    # the work as done only after this, and until then the journal's digests are the judge.
     os.sync()
     return dict(sorted(records.items()))
+
+
+def format_journal(records: Mapping[str, FileRecord]) -> bytes:
+    """One line of the journal."""
+    # The line break comes first: a line that a power cut left torn then spoils no other.
+    line = {path: [record.sha256, record.size] for path, record in records.items()}
+    return b"\n" + json.dumps(line).encode()
+
+
+def read_journal(path: Path) -> dict[str, FileRecord]:
+    """What earlier runs wrote: path -> record. Torn lines and a missing journal count for nothing."""
+    known: dict[str, FileRecord] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return known
+    for line in lines:
+        try:
+            entries = json.loads(line).items()
+            known.update((p, FileRecord(sha256=sha, size=size)) for p, (sha, size) in entries)
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return known
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent is killed; it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent.join,), daemon=True).start()
+
+
+def _wait_and_exit(wait: Callable[[], object]) -> None:
+    wait()
+    os._exit(1)
 
 
 def track_progress(
@@ -125,37 +171,40 @@ def track_progress(
                 _LOG.info("%s: %d of %d images, %.0f/s, %.0f s left", what, done, total, rate, left)
 
 
-def _write_chunk(folder: Path, tasks: Sequence[RenderTask], size: int) -> dict[str, FileRecord]:
-    return {task.path: _write_one(folder / task.path, task, size) for task in tasks}
+def _write_chunk(
+    folder: Path, work: Sequence[tuple[RenderTask, FileRecord | None]], size: int
+) -> dict[str, FileRecord]:
+    return {task.path: _write_one(folder / task.path, task, size, known) for task, known in work}
 
 
-def _write_one(path: Path, task: RenderTask, size: int) -> FileRecord:
-    data = _read_whole_image(path)
-    if data is None:
-        data = task.data
-        if task.is_svg:
-            try:
-                data = render_svg(task.data.decode(), size, path.suffix[1:])
-            except ValueError as error:
-                raise DeclipError(
-                    f"picture {task.path!r} cannot be drawn: {error}; "
-                    "the pinned resvg_py draws all of them, so install that version."
-                ) from error
-        temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+def _write_one(path: Path, task: RenderTask, size: int, known: FileRecord | None) -> FileRecord:
+    data = task.data
+    if not task.is_svg:
+        # The journal may speak of another picture that bore this name under other settings.
+        known = FileRecord(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    if known is not None and _has_digest(path, known):
+        return known
+    if task.is_svg:
         try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            data = render_svg(task.data.decode(), size, path.suffix[1:])
+        except ValueError as error:
+            raise DeclipError(
+                f"picture {task.path!r} cannot be drawn: {error}; "
+                "the pinned resvg_py draws all of them, so install that version."
+            ) from error
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return FileRecord(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
-def _read_whole_image(path: Path) -> bytes | None:
-    """A file's bytes, or None where there is none or it does not decode to its end."""
+def _has_digest(path: Path, known: FileRecord) -> bool:
+    # Not "does it decode": Pillow reads a PNG without its last bytes, or a JPEG with a hole.
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):
-        return None
-    return data
+    except OSError:
+        return False
+    return len(data) == known.size and hashlib.sha256(data).hexdigest() == known.sha256

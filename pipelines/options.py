@@ -162,4 +162,5 @@ def apply_overrides(pipeline: Pipeline, overrides: Sequence[tuple[str, str]]) ->
         else step
         for step in pipeline.steps
     ]
-    return dataclasses.replace(pipeline, steps=steps)
+    changed = dataclasses.replace(pipeline, steps=steps)
+    return changed.derive(changed) if changed.derive else changed

@@ -43,6 +43,8 @@ class Pipeline:
     """Folder (any fsspec URL) of the dataset."""
     steps: Sequence[Step] = field(default_factory=tuple)
     """In order; a step reads only earlier ones."""
+    derive: Callable[["Pipeline"], "Pipeline"] | None = None
+    """Carries a setting to other steps that must agree with it, after overrides are applied."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 from declip_shards import DeclipError, Stage, Store, TaskStats, manifest
@@ -16,11 +15,15 @@ LOST_WORKER_RETRIES = 3
 """Times that Ray runs a task again whose worker died. The task is idempotent."""
 
 
-@lru_cache(maxsize=4)
-def _loaded_worker(stage: Any) -> Callable[[str], TaskStats]:
-    """A stage's worker, once a process (stages are frozen, so they are their own key)."""
-    worker: Callable[[str], TaskStats] = stage.worker()
-    return worker
+_workers: dict[str, Callable[[str], TaskStats]] = {}
+"""Fingerprint of a stage -> its worker, loaded once in this process."""
+
+
+def _loaded_worker(stage: Stage, digest: str) -> Callable[[str], TaskStats]:
+    if digest not in _workers:
+        _workers.clear()  # Ray reuses processes: the models of an earlier stage go
+        _workers[digest] = stage.worker()
+    return _workers[digest]
 
 
 def _ray_task(
@@ -28,7 +31,7 @@ def _ray_task(
 ) -> tuple[str, Receipt | None, str]:
     try:
         store = Store(root)
-        receipt = manifest.make_receipt(store, task, digest, _loaded_worker(stage)(task))
+        receipt = manifest.make_receipt(store, task, digest, _loaded_worker(stage, digest)(task))
         manifest.write_receipt(store, step, receipt)
     except DeclipError as error:
         return task, None, str(error)

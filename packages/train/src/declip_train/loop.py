@@ -1,0 +1,144 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from declip_shards.manifest import canonical_json
+from declip_shards.store import Store, atomic_write
+from declip_train.augment import IMAGE_MEAN, IMAGE_STD
+from declip_train.checkpoint import Checkpoints, file_digest
+from declip_train.engine import TrainEngine
+from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.loader import BatchLoader
+from declip_train.monitor import Monitor
+from declip_train.samples import TrainingSamples, load_samples
+from declip_train.settings import TrainSettings
+from declip_train.supervision import StopSwitch
+
+FOLDER = "train"
+EXPORT = f"{FOLDER}/export"
+MARK = f"{FOLDER}/export.json"
+"""Written after the export: what it is of, and its files' hashes."""
+
+
+def say(line: str) -> None:
+    """One line for the person who watches; they read standard error of process 0."""
+    print(f"train: {line}", file=sys.stderr, flush=True)
+
+
+def run_identity(settings: TrainSettings, samples: TrainingSamples) -> dict[str, Any]:
+    """What the result of a run depends on."""
+    return {
+        "settings": settings.digest(),
+        "samples": samples.digest(),
+        "world_size": dist.get_world_size(),
+        "versions": f"torch {version('torch')}, deepspeed {version('deepspeed')}",
+    }
+
+
+def run_name(identity: dict[str, Any]) -> str:
+    """Short name of a run: the same for equal identities."""
+    return hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
+
+
+def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = True) -> bool:
+    """Train from the newest whole checkpoint, or from nothing, to the end; then export.
+
+    Every process calls this under an initialized process group.
+
+    Returns:
+        True when the run is complete, False when it stopped early because it was asked to; a rerun
+        then goes on from the same step.
+    """
+    folder = Store(settings.root).local_path(FOLDER)
+    samples = load_samples(
+        settings.root,
+        selection=settings.selection,
+        splits=settings.splits,
+        neighbors=settings.neighbors if settings.method == "declip" else None,
+    )
+    identity = run_identity(settings, samples)
+    chief = dist.get_rank() == 0
+    loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size())
+    engine = TrainEngine(settings, loader.num_steps)
+    checkpoints = Checkpoints(
+        folder / "checkpoints" / run_name(identity),
+        identity,
+        keep=settings.keep_checkpoints,
+        say=say,
+    )
+    step = saved = checkpoints.restore(engine.deepspeed)
+    monitor = None
+    if chief:
+        monitor = Monitor(
+            folder,
+            num_steps=loader.num_steps,
+            start_step=step,
+            every=settings.log_every_steps,
+            show=show_progress,
+        )
+    saved_at = time.monotonic()
+    for batch in loader.batches(step):
+        waited = time.monotonic() - saved_at
+        record = engine.train_step(
+            batch,
+            stop_asked=stop.is_on,
+            save_asked=0 < settings.checkpoint_every_seconds <= waited,
+        )
+        step += 1
+        if monitor is not None:
+            numbers = {
+                **record.terms,
+                "logit_scale": record.logit_scale,
+                "learning_rate": record.learning_rate,
+                "epoch": step / loader.steps_per_epoch,
+            }
+            monitor.step(step, numbers, loader.wait_seconds, settings.global_batch_size)
+        by_steps = settings.checkpoint_every_steps
+        due = bool(by_steps) and step % (by_steps or 1) == 0
+        if due or record.save_asked or record.stop_asked or step == loader.num_steps:
+            checkpoints.save(engine.deepspeed, step)
+            saved, saved_at = step, time.monotonic()
+        if record.stop_asked and step < loader.num_steps:
+            break
+    assert saved == step
+    if monitor is not None:
+        monitor.close()
+    if chief and step == loader.num_steps:
+        checkpoints.prune(1)
+        export(settings, engine, identity, step)
+    dist.barrier()
+    return step == loader.num_steps
+
+
+def export(
+    settings: TrainSettings, engine: TrainEngine, identity: dict[str, Any], step: int
+) -> None:
+    """Write the trained model, then the mark that names its bytes."""
+    root = Path(Store(settings.root).local_path("."))
+    paths = export_open_clip(
+        engine.module.clip,
+        engine.module.heads,
+        root / EXPORT,
+        PreprocessSettings(
+            mean=IMAGE_MEAN, std=IMAGE_STD, interpolation="bicubic", resize_mode="shortest"
+        ),
+        {
+            "model": settings.model,
+            "method": settings.method,
+            "steps": step,
+            "samples_seen": step * settings.global_batch_size,
+            "seed": settings.seed,
+            **identity,
+        },
+    )
+    files = {path.name: file_digest(path) for path in paths}
+    atomic_write(root / MARK, canonical_json({**identity, "steps": step, "files": files}))

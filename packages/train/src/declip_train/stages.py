@@ -1,0 +1,97 @@
+"""The training stage: what pipelines run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from declip_shards import Store, TaskStats
+from declip_train.settings import TrainSettings
+
+FOLDER = "train"
+CONFIG = f"{FOLDER}/config.json"
+MARK = f"{FOLDER}/export.json"
+EXPORT_FILES = (
+    f"{FOLDER}/export/open_clip_config.json",
+    f"{FOLDER}/export/open_clip_pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainModel(TrainSettings):
+    """Train under DeepSpeed's launcher and export the model for open_clip.
+
+    One task. Killed anywhere and run again, it goes on from its newest whole checkpoint and ends
+    with the same bytes.
+    """
+
+    num_cpus: ClassVar[float] = 2
+    num_gpus: ClassVar[float] = 0
+
+    def tasks(self) -> Sequence[str]:
+        """One task, for the whole dataset."""
+        return ("all",)
+
+    def is_done(self, task: str) -> bool:
+        """Whether the export of these settings stands."""
+        store = Store(self.root)
+        try:
+            mark = json.loads(store.read_bytes(MARK))
+        except (FileNotFoundError, ValueError):
+            return False
+        return mark.get("settings") == self.digest() and all(map(store.exists, EXPORT_FILES))
+
+    def worker(self) -> Callable[[str], TaskStats]:
+        """Trains when called."""
+        return self._run
+
+    def _run(self, task: str) -> TaskStats:
+        from declip_train.launch import launch
+        from declip_train.samples import load_samples
+
+        store = Store(self.root)
+        store.check_writable()
+        # Faults of the data are told here, before any process is started.
+        samples = load_samples(
+            self.root,
+            selection=self.selection,
+            splits=self.splits,
+            neighbors=self.neighbors if self.method == "declip" else None,
+        )
+        num_steps = self.num_steps(len(samples))
+        plain = TrainSettings(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}
+        )
+        store.write_bytes(CONFIG, dataclasses.replace(plain, root="..").to_json())
+        launch(store.local_path(CONFIG), self)
+        dropped = samples.num_selected - len(samples)
+        return TaskStats(
+            num_in=samples.num_selected,
+            num_out=len(samples),
+            reasons={"other_split": dropped} if dropped else {},
+            files=[*EXPORT_FILES, MARK],
+            volatile_files=self._volatile_files(store),
+            extra={
+                "num_steps": num_steps,
+                "samples_seen": num_steps * self.global_batch_size,
+                "num_without_neighbor": samples.num_without_neighbor
+                if self.method == "declip"
+                else 0,
+            },
+        )
+
+    def _volatile_files(self, store: Store) -> list[str]:
+        """Records, and the last checkpoint of this run."""
+        folder = store.local_path(FOLDER)
+        root = store.local_path(".")
+        names = [CONFIG, f"{FOLDER}/launch.log", f"{FOLDER}/log.jsonl"]
+        for part in ("tensorboard", "checkpoints"):
+            names += [
+                str(path.relative_to(root))
+                for path in sorted((folder / part).rglob("*"))
+                if path.is_file()
+            ]
+        return names

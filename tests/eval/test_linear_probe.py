@@ -1,0 +1,116 @@
+"""The linear probe on scikit-learn's digits, and its laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from declip_eval.linear_probe import linear_probe, stratified_split
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return images[:400] / 16, labels[:400], images[400:700] / 16, labels[400:700]
+
+
+def test_real_digits_are_learned_and_the_numbers_are_scikit_learns(digits):
+    metrics = linear_probe(*digits, seed=0, l2_strengths=(1e-2, 1.0, 1e2))
+    train, train_labels, test, test_labels = digits
+    model = LogisticRegression(C=1 / metrics["l2_strength"], max_iter=1000)
+    expected = model.fit(train, train_labels).score(test, test_labels)
+    assert metrics["lp_acc1"] == pytest.approx(expected)
+    assert metrics["lp_acc1"] > 0.8
+    assert metrics["lp_acc1"] <= metrics["lp_acc5"] <= 1
+    assert metrics["lp_mean_per_class_recall"] > 0.8
+    assert metrics["validation_acc1"] > 0.85
+    assert metrics["num_iterations"] < 1000
+
+
+def test_the_strength_with_the_best_validation_accuracy_is_taken(digits):
+    # A million drowns every coefficient; it must not be chosen wherever it stands in the list.
+    for strengths in ((1.0, 1e6), (1e6, 1.0)):
+        assert linear_probe(*digits, seed=0, l2_strengths=strengths)["l2_strength"] == 1.0
+
+
+def test_of_equally_good_strengths_the_largest_is_taken():
+    features = np.array([[-1.0], [1.0]] * 20)
+    labels = np.array([0, 1] * 20)
+    metrics = linear_probe(features, labels, features, labels, seed=0, l2_strengths=(0.1, 1.0, 0.5))
+    assert metrics["l2_strength"] == 1.0
+    assert metrics["lp_acc1"] == 1.0
+
+
+def test_equal_seeds_give_equal_results(digits):
+    first = linear_probe(*digits, seed=3, l2_strengths=(0.1, 10.0))
+    assert linear_probe(*digits, seed=3, l2_strengths=(0.1, 10.0)) == first
+
+
+def test_renaming_the_classes_changes_nothing(digits):
+    train, train_labels, test, test_labels = digits
+    expected = linear_probe(*digits, seed=0, l2_strengths=(1.0,))
+    new = np.array([90, 7, 1000, 3, 55, 21, 8, 13, 2, 400])
+    got = linear_probe(
+        train, new[train_labels], test, new[test_labels], seed=0, l2_strengths=(1.0,)
+    )
+    assert got["lp_acc1"] == pytest.approx(expected["lp_acc1"], abs=0.01)
+
+
+def test_random_labels_sit_at_chance():
+    rng = np.random.default_rng(0)
+    metrics = linear_probe(
+        rng.normal(size=(300, 8)),
+        rng.integers(0, 10, 300),
+        rng.normal(size=(2000, 8)),
+        rng.integers(0, 10, 2000),
+        seed=0,
+        l2_strengths=(1e2,),
+    )
+    assert abs(metrics["lp_acc1"] - 0.1) < 0.03
+    assert "validation_acc1" not in metrics
+
+
+def test_two_classes_and_features_without_information():
+    features, labels = np.zeros((40, 3)), np.array([0, 1] * 20)
+    metrics = linear_probe(features, labels, features, labels, seed=0)
+    assert metrics["lp_acc1"] <= 0.5
+    assert "lp_acc5" not in metrics
+
+
+def test_split_is_a_partition_by_class():
+    labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    fit, held_out = stratified_split(labels, 0.2, seed=1)
+    assert sorted([*fit, *held_out]) == list(range(63))
+    assert np.bincount(labels[held_out], minlength=4).tolist() == [10, 2, 1, 0]
+    again = stratified_split(labels, 0.2, seed=1)
+    assert np.array_equal(again[1], held_out)
+    assert not np.array_equal(stratified_split(labels, 0.2, seed=2)[1], held_out)
+    assert set(labels[stratified_split(labels, 0.99, seed=1)[0]]) == {0, 1, 2, 3}
+
+
+def test_wrong_input_is_refused_in_a_sentence(digits):
+    train, train_labels, test, test_labels = digits
+
+    def probe(a=train, b=train_labels, c=test, d=test_labels, **settings):
+        return linear_probe(a, b, c, d, **{"seed": 0, **settings})
+
+    with pytest.raises(ValueError, match=r"holds one class only \(4\), but a probe separates"):
+        probe(b=np.full(400, 4))
+    with pytest.raises(ValueError, match=r"1 classes that train_labels lacks \(first: 10\)"):
+        probe(d=np.append(test_labels[:-1], 10))
+    with pytest.raises(ValueError, match="test_features has NaN"):
+        probe(c=np.full_like(test, np.nan))
+    with pytest.raises(ValueError, match="64 columns and test_features 60: both must come from"):
+        probe(c=test[:, :60])
+    with pytest.raises(ValueError, match="there are 400 feature rows: give one label a row"):
+        probe(b=train_labels[:-1])
+    with pytest.raises(ValueError, match="validation_fraction is 1, but it must lie between"):
+        probe(validation_fraction=1)
+    with pytest.raises(ValueError, match="holds 0, but a strength is a positive"):
+        probe(l2_strengths=(0, 1))
+    with pytest.raises(ValueError, match="l2_strengths is empty"):
+        probe(l2_strengths=())
+    with pytest.raises(ValueError, match="No training class has two samples"):
+        probe(a=train[:2], b=np.array([0, 1]), d=np.zeros(300, dtype=int))

@@ -1,0 +1,240 @@
+"""Exports: open_clip computes our features from them; equal weights make equal bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from declip_shards import DeclipError
+from declip_train.export import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    PreprocessSettings,
+    Scalar,
+    export_open_clip,
+    load_export,
+)
+from declip_train.heads import DeCLIPHeads
+from declip_train.model_config import get_model_config
+from declip_train.tokenizer import CaptionTokenizer
+from declip_train.towers import CLIP
+
+CAPTIONS = ["a red apple", "", "two dogs that run along a very long beach in the evening sun", "!"]
+PROVENANCE: dict[str, Scalar] = {
+    "method": "declip",
+    "step": 3,
+    "learning_rate": 1e-3,
+    "is_demo": True,
+    "note": None,
+}
+
+# Runs in a process of its own, because the stand-in for torchvision must not leak into other tests.
+OPEN_CLIP_SIDE = """
+import sys, json
+import numpy as np
+import torchvision_stand_in
+torchvision_stand_in.install()
+import torch, open_clip
+from PIL import Image
+name, pretrained, folder = sys.argv[1], sys.argv[2] or None, sys.argv[3]
+if pretrained:
+    open_clip.add_model_config(f"{folder}/configs")
+model, _, preprocess = open_clip.create_model_and_transforms(
+    name, pretrained=pretrained, require_pretrained=True
+)
+assert type(model) is open_clip.CLIP, type(model)
+model.eval()
+data = np.load(f"{folder}/inputs.npz")
+with torch.no_grad():
+    images = model.encode_image(torch.from_numpy(data["images"])).numpy()
+    texts = model.encode_text(torch.from_numpy(data["token_ids"])).numpy()
+    tokens = open_clip.get_tokenizer("ViT-B-32")(json.load(open(f"{folder}/captions.json"))).numpy()
+picture = preprocess(Image.open(f"{folder}/picture.png")).numpy()
+np.savez(f"{folder}/outputs.npz", images=images, texts=texts, tokens=tokens, picture=picture,
+         logit_scale=model.logit_scale.detach().numpy())
+"""
+
+
+def make_model(name: str = "ViT-Ti-8-48", seed: int = 0) -> tuple[CLIP, DeCLIPHeads]:
+    """A model whose every parameter has been moved off its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    config = get_model_config(name)
+    model = CLIP(config, generator)
+    heads = DeCLIPHeads(config, projector_dim=8, predictor_hidden_dim=4, generator=generator)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *heads.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval(), heads
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 61, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((122, 160), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["local-dir", "name and path"])
+def test_open_clip_computes_our_features(tmp_path: Path, picture: Image.Image, way: str) -> None:
+    model, heads = make_model()
+    settings = PreprocessSettings(
+        mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear"
+    )
+    config_path, weights_path = export_open_clip(
+        model, heads, tmp_path / "export", settings, PROVENANCE
+    )
+    size = model.config.vision.image_size
+    images = np.random.default_rng(1).normal(size=(4, 3, size, size)).astype(np.float32)
+    token_ids = CaptionTokenizer()(CAPTIONS)
+    np.savez(tmp_path / "inputs.npz", images=images, token_ids=token_ids)
+    (tmp_path / "captions.json").write_text(json.dumps(CAPTIONS))
+    picture.save(tmp_path / "picture.png")
+    name, pretrained = f"local-dir:{tmp_path / 'export'}", ""
+    if way == "name and path":
+        (tmp_path / "configs").mkdir()
+        model_cfg = json.loads(config_path.read_text())["model_cfg"]
+        (tmp_path / "configs" / "our-tiny.json").write_text(json.dumps(model_cfg))
+        name, pretrained = "our-tiny", str(weights_path)
+    subprocess.run(
+        [sys.executable, "-c", OPEN_CLIP_SIDE, name, pretrained, str(tmp_path)],
+        check=True,
+        env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    theirs = np.load(tmp_path / "outputs.npz")
+    with torch.no_grad():
+        our_images = model.encode_image(torch.from_numpy(images)).numpy()
+        our_texts = model.encode_text(torch.from_numpy(token_ids)).numpy()
+    np.testing.assert_allclose(our_images, theirs["images"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(our_texts, theirs["texts"], atol=1e-5, rtol=0)
+    assert np.abs(our_images).max() > 0.1
+    assert np.abs(our_texts).max() > 0.1
+    np.testing.assert_array_equal(token_ids, theirs["tokens"])
+    assert float(theirs["logit_scale"]) == model.logit_scale.item()
+    if way == "local-dir":
+        # The preprocessing settings arrive too: shortest side, center crop, our mean and deviation.
+        scaled = picture.resize((size, int(size * 160 / 122)), Image.Resampling.BILINEAR)
+        top = round((scaled.height - size) / 2)
+        pixels = np.asarray(scaled.crop((0, top, size, top + size)), dtype=np.float32) / 255
+        expected = (pixels - np.array(settings.mean)) / np.array(settings.std)
+        np.testing.assert_allclose(theirs["picture"], expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_load_inverts_export(tmp_path: Path) -> None:
+    model, heads = make_model("test")
+    settings = PreprocessSettings(interpolation="bilinear", resize_mode="squash")
+    export_open_clip(model, heads, tmp_path, settings, PROVENANCE)
+    loaded = load_export(tmp_path)
+    assert loaded.preprocess == settings
+    assert loaded.provenance == PROVENANCE
+    assert loaded.model.config == model.config
+    assert not loaded.model.training
+    for ours, theirs in (
+        (model.state_dict(), loaded.model.state_dict()),
+        (heads.state_dict(), loaded.aux_state_dict),
+    ):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_towers_and_heads_are_kept_apart(tmp_path: Path) -> None:
+    model, heads = make_model("test")
+    _, weights = export_open_clip(model, heads, tmp_path, PreprocessSettings(), {})
+    content = torch.load(weights, weights_only=True)
+    assert set(content) == {"state_dict", "aux_state_dict", "provenance"}
+    assert not set(content["state_dict"]) & set(content["aux_state_dict"])
+    assert load_export(tmp_path).aux_state_dict.keys() == heads.state_dict().keys()
+    export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
+    assert load_export(tmp_path).aux_state_dict == {}
+
+
+def test_equal_weights_make_equal_bytes(tmp_path: Path) -> None:
+    model, heads = make_model("test")
+    first = export_open_clip(model, heads, tmp_path / "a", PreprocessSettings(), PROVENANCE)
+    again, again_heads = make_model("test")
+    reordered = dict(reversed(PROVENANCE.items()))
+    second = export_open_clip(
+        again, again_heads, tmp_path / "deep" / "b", PreprocessSettings(), reordered
+    )
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    with torch.no_grad():
+        again.logit_scale.add_(1e-3)
+    third = export_open_clip(again, again_heads, tmp_path / "c", PreprocessSettings(), reordered)
+    assert first[0].read_bytes() == third[0].read_bytes()
+    assert first[1].read_bytes() != third[1].read_bytes()
+
+
+def test_training_precision_leaves_no_trace(tmp_path: Path) -> None:
+    model, _ = make_model("test")
+    model.bfloat16()
+    export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
+    state = load_export(tmp_path).model.state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_only_the_two_files_are_there(tmp_path: Path) -> None:
+    model, heads = make_model("test")
+    for _ in range(2):
+        export_open_clip(model, heads, tmp_path, PreprocessSettings(), PROVENANCE)
+        assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+
+
+def test_useless_weights_and_odd_provenance_write_nothing(tmp_path: Path) -> None:
+    model, heads = make_model("test")
+    with pytest.raises(DeclipError, match=r"'loss': .* of type float64, but takes only text"):
+        export_open_clip(
+            model,
+            heads,
+            tmp_path / "x",
+            PreprocessSettings(),
+            cast(dict[str, Scalar], {"loss": np.float64(1.0)}),
+        )
+    with torch.no_grad():
+        model.visual.proj[0, 0] = float("nan")
+    with pytest.raises(DeclipError, match=r"visual\.proj that are not finite.*earlier checkpoint"):
+        export_open_clip(model, heads, tmp_path / "x", PreprocessSettings(), {})
+    assert not (tmp_path / "x").exists()
+
+
+def test_damaged_exports_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DeclipError, match=f"has no {CONFIG_NAME}: give the folder"):
+        load_export(tmp_path)
+    model, _ = make_model("test")
+    config, weights = export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DeclipError, match=r"cannot be read \(.*\): export the model again"):
+        load_export(tmp_path)
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"embed_dim": 16', '"embed_dim": 32'))
+    with pytest.raises(DeclipError, match="do not fit its configuration"):
+        load_export(tmp_path)
+    config.write_text(text[:-10])
+    with pytest.raises(DeclipError, match="is not JSON"):
+        load_export(tmp_path)
+    config.write_text(text)
+    weights.unlink()
+    with pytest.raises(DeclipError, match=f"has no {WEIGHTS_NAME}"):
+        load_export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\), but must be three finite numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "but each must be above 0"),
+        ({"interpolation": "cubic"}, "'cubic', but must be one of bicubic, bilinear"),
+        ({"resize_mode": "crop"}, "'crop', but must be one of shortest, longest, squash"),
+    ],
+)
+def test_wrong_preprocessing_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DeclipError, match=sentence):
+        PreprocessSettings(**settings)
