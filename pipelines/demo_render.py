@@ -51,6 +51,10 @@ class FileRecord:
     """Its size in bytes."""
 
 
+Chunk = Sequence[tuple[RenderTask, FileRecord | None]]
+"""Files to write, each with what is known of the file that may be there already."""
+
+
 def render_svg(svg: str, size: int, extension: str) -> bytes:
     """Draw an SVG on white, ``size`` pixels square, centered; return PNG or JPEG bytes.
 
@@ -76,8 +80,9 @@ def write_images(
     """Write every task's file under ``folder``; return path -> record, sorted by path.
 
     A file that still has the sha256 that ``journal`` names for it is kept; a run that is killed
-    leaves its journal for the next one. ``size`` is the side of rendered images in pixels.
-    Raises DeclipError naming the first picture that cannot be drawn.
+    leaves its journal for the next one. ``size`` is the side of rendered images in pixels; one
+    process means this one, without children. Raises DeclipError naming the first
+    picture that cannot be drawn.
     """
     for parent in sorted({(folder / task.path).parent for task in tasks}):
         parent.mkdir(parents=True, exist_ok=True)
@@ -85,34 +90,42 @@ def write_images(
     work = [(task, known.get(task.path)) for task in tasks]
     chunks = [work[start : start + _CHUNK] for start in range(0, len(work), _CHUNK)]
     records: dict[str, FileRecord] = {}
+    with journal.open("ab") as log:
+        done = _run_chunks(folder, chunks, size, num_processes)
+        for written in track_progress(done, len(tasks), "render"):
+            records.update(written)
+            log.write(format_journal(written))
+            log.flush()
+    # One flush for all, because ten thousand take longer than the rendering: the caller marks
+    # the work as done only after this, and until then the journal's digests are the judge.
+    os.sync()
+    return dict(sorted(records.items()))
+
+
+def _run_chunks(
+    folder: Path, chunks: Sequence[Chunk], size: int, num_processes: int
+) -> Iterator[dict[str, FileRecord]]:
+    if num_processes == 1:
+        for chunk in chunks:
+            yield _write_chunk(folder, chunk, size)
+        return
     # Spawned, not forked: the caller may run threads (Ray, a server), and a fork copies their
     # locks. An executor, not a Pool: it notices a killed child, where a Pool waits for ever.
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(
-            num_processes, mp_context=context, initializer=_exit_with_parent
-        ) as pool,
-        journal.open("ab") as log,
-    ):
+    with ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=_exit_with_parent
+    ) as pool:
         futures = [pool.submit(_write_chunk, folder, chunk, size) for chunk in chunks]
         try:
-            done = (future.result() for future in as_completed(futures))
-            for written in track_progress(done, len(tasks), "render"):
-                records.update(written)
-                log.write(format_journal(written))
-                log.flush()
+            for future in as_completed(futures):
+                yield future.result()
         except BrokenProcessPool as error:
             raise DeclipError(
                 "a process that renders the demo's pictures died, most likely killed for lack of "
                 "memory; free some and run again (finished pictures are kept)."
             ) from error
-        except BaseException:
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    # One flush for all, because ten thousand take longer than the rendering: the caller marks
-    # the work as done only after this, and until then the journal's digests are the judge.
-    os.sync()
-    return dict(sorted(records.items()))
 
 
 def format_journal(records: Mapping[str, FileRecord]) -> bytes:
@@ -123,7 +136,7 @@ def format_journal(records: Mapping[str, FileRecord]) -> bytes:
 
 
 def read_journal(path: Path) -> dict[str, FileRecord]:
-    """What earlier runs wrote: path -> record. Torn lines and a missing journal count for nothing."""
+    """What earlier runs wrote: path -> record. Torn lines count for nothing."""
     known: dict[str, FileRecord] = {}
     try:
         lines = path.read_bytes().split(b"\n")
@@ -171,9 +184,7 @@ def track_progress(
                 _LOG.info("%s: %d of %d images, %.0f/s, %.0f s left", what, done, total, rate, left)
 
 
-def _write_chunk(
-    folder: Path, work: Sequence[tuple[RenderTask, FileRecord | None]], size: int
-) -> dict[str, FileRecord]:
+def _write_chunk(folder: Path, work: Chunk, size: int) -> dict[str, FileRecord]:
     return {task.path: _write_one(folder / task.path, task, size, known) for task, known in work}
 
 

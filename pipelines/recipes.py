@@ -79,7 +79,9 @@ def demo(root: str) -> Pipeline:
             stage=PrepareDemo(root=root),
             summary="fetch packages, draw pictures, write the URL table",
         ),
-        *_read_steps(root, DownloadShards(root=root, image_size=64, timeout_seconds=3.0)),
+        *_read_steps(
+            root, DownloadShards(root=root, image_size=64, timeout_seconds=3.0), min_words=1
+        ),
         Step(
             name="train",
             stage=TrainModel(root=root, **DEMO_TRAINING),

@@ -20,7 +20,7 @@ from declip_eval.heat_map import heat_map
 EVIL = (
     "<script>alert('1')</script>\"><img src=x onerror=alert(2)> & \x00\ud800 https://evil.example"
 )
-VOID = {"meta", "img", "path", "rect", "line", "br"}
+VOID = {"meta", "img"}  # HTML's elements without an end; SVG's close themselves.
 
 
 class Checker(HTMLParser):
@@ -124,19 +124,20 @@ def test_hostile_text_is_shown_and_never_run():
 
 
 def test_hostile_text_changes_no_tag():
-    assert check(full_page(EVIL)).tags == check(full_page("a cat")).tags
+    # Of equal length, because a chart adds the whole text to a label that it had to shorten.
+    assert check(full_page(EVIL)).tags == check(full_page("x" * len(EVIL))).tags
 
 
 def test_nothing_is_loaded_from_anywhere():
     page = full_page("a cat")
-    assert not re.findall(r"https?://|//\w|@import|url\(|javascript:", page)
+    without_pictures = re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.findall(r"https?://|//\w|@import|url\(|javascript:", without_pictures)
     seen = check(page)
     for name, value in seen.attributes:
         if name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
             assert value.startswith(("data:image/", "#")), (name, value)
     assert not {"script", "link", "iframe", "object", "base"} & set(seen.tags)
-    policy = dict(seen.attributes)["content"] if False else page
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in policy
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
 
 
 def test_equal_input_gives_equal_bytes():
@@ -168,7 +169,7 @@ def test_escaping_happens_once():
 
 
 def embedded(markup):
-    mime_type, payload = re.search(r'src="data:(image/\w+);base64,([^"]+)"', markup).groups()
+    ((mime_type, payload),) = re.findall(r'src="data:(image/\w+);base64,([^"]+)"', markup)
     data = base64.b64decode(payload, validate=True)
     return mime_type, data, Image.open(io.BytesIO(data))
 
@@ -210,7 +211,7 @@ def test_bad_pictures_and_settings_are_refused():
     with pytest.raises(ValueError, match="quality is 100, but JPEG's goes from 1 to 95"):
         html.image(image, alt="x", quality=100)
     with pytest.raises(ValueError, match="tone is 'great', but must be one of neutral, good"):
-        html.callout("x", tone="great")
+        html.callout("x", tone="great")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Row 1 has 1 cells, but the table has 2 columns"):
         html.table(["a", "b"], [["1", "2"], ["3"]])
 

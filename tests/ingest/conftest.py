@@ -6,14 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from misbehaving_server import MisbehavingServer  # noqa: E402 - found by the line above
+if TYPE_CHECKING:
+    from tests.ingest.misbehaving_server import MisbehavingServer
+else:
+    from misbehaving_server import MisbehavingServer
 
 
-@pytest.fixture()
+@pytest.fixture
 def server() -> Iterator[MisbehavingServer]:
     with MisbehavingServer() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
@@ -23,7 +27,7 @@ def server() -> Iterator[MisbehavingServer]:
         running.shutdown()
 
 
-@pytest.fixture()
+@pytest.fixture
 def closed_port() -> int:
     """A loopback port on which nothing listens."""
     with socket.socket() as sock:
@@ -31,7 +35,7 @@ def closed_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@pytest.fixture()
+@pytest.fixture
 def stopwatch() -> Callable[[], float]:
     start = time.monotonic()
     return lambda: time.monotonic() - start

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from declip_ingest.failures import (
     DECODE_REASONS,
     FETCH_REASONS,

@@ -1,8 +1,10 @@
 """No socket is opened to an address that was not vetted."""
 
 import socket
+import threading
 
 import pytest
+
 from declip_ingest import guard
 from declip_ingest.failures import FetchError
 from declip_ingest.guard import AddressGuard, Deadline, is_public, parse_allowed, running_under
@@ -42,7 +44,9 @@ def test_what_is_not_on_the_public_internet_is_not_public(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"])
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"]
+)
 def test_public_addresses_are_public(address):
     assert is_public(address)
 
@@ -52,7 +56,7 @@ def addresses(guarded: AddressGuard, host: str, port: int):
         return guarded.addresses(host, port)
 
 
-@pytest.fixture()
+@pytest.fixture
 def resolver(monkeypatch):
     """Names resolve as told: the one thing a loopback test cannot ask the real resolver for."""
     answers: list[list[str]] = []
@@ -65,14 +69,14 @@ def resolver(monkeypatch):
             (socket.AF_INET6 if ":" in ip else socket.AF_INET, 1, 6, "", (ip, port)) for ip in ips
         ]
 
-    monkeypatch.setattr(guard.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return answers, asked
 
 
 def test_one_private_address_among_public_ones_condemns_the_name(resolver):
     answers, _ = resolver
     answers.append(["1.1.1.1", "10.0.0.1"])
-    with pytest.raises(FetchError, match="^forbidden_address$"):
+    with pytest.raises(FetchError, match=r"^forbidden_address$"):
         addresses(AddressGuard(), "example.org", 80)
 
 
@@ -92,7 +96,7 @@ def test_ports_other_than_the_webs_need_leave(resolver):
     answers, _ = resolver
     answers += [["1.1.1.1"]] * 3
     assert addresses(AddressGuard(), "example.org", 443)
-    with pytest.raises(FetchError, match="^forbidden_port$"):
+    with pytest.raises(FetchError, match=r"^forbidden_port$"):
         addresses(AddressGuard(), "example.org", 22)
     assert addresses(AddressGuard(["example.org:22"]), "EXAMPLE.org", 22)
 
@@ -100,16 +104,14 @@ def test_ports_other_than_the_webs_need_leave(resolver):
 def test_leave_for_one_name_is_no_leave_for_another_that_leads_there(resolver):
     answers, _ = resolver
     answers.append(["127.0.0.1"])
-    with pytest.raises(FetchError, match="^forbidden_address$"):
+    with pytest.raises(FetchError, match=r"^forbidden_address$"):
         addresses(AddressGuard(["127.0.0.1:8000"]), "evil.example", 8000)
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch, stopwatch):
-    import threading
-
     release = threading.Event()
-    monkeypatch.setattr(guard.socket, "getaddrinfo", lambda *_, **__: release.wait(10) and [])
-    with running_under(Deadline(0.2)), pytest.raises(FetchError, match="^dns_failure$"):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(10) and [])
+    with running_under(Deadline(0.2)), pytest.raises(FetchError, match=r"^dns_failure$"):
         AddressGuard().addresses("slow.example", 80)
     assert stopwatch() < 1
     release.set()
@@ -125,7 +127,9 @@ def test_the_next_address_is_tried_when_one_is_dead(resolver, closed_port):
         sock.close()
 
 
-@pytest.mark.parametrize("entry", ["127.0.0.1", "127.0.0.1:", ":80", "a:0", "a:65536", "::1:80", ""])
+@pytest.mark.parametrize(
+    "entry", ["127.0.0.1", "127.0.0.1:", ":80", "a:0", "a:65536", "::1:80", ""]
+)
 def test_an_entry_that_is_not_host_and_port_is_refused(entry):
     with pytest.raises(DeclipError, match="allow_addresses holds"):
         parse_allowed([entry])
@@ -137,6 +141,6 @@ def test_allowed_entries_are_read():
 
 def test_a_guarded_socket_outside_a_deadline_is_a_defect():
     left, right = socket.socketpair()
-    with left, right, guard.DeadlineSocket(fileno=left.detach()) as sock:
-        with pytest.raises(RuntimeError, match="running_under"):
-            sock.recv_into(bytearray(1))
+    sock = guard.DeadlineSocket(fileno=left.detach())
+    with right, sock, pytest.raises(RuntimeError, match="running_under"):
+        sock.recv_into(bytearray(1))

@@ -44,8 +44,15 @@ def prepare(origin, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     _, packages, client = origin
 
-    def run(folder, settings=FAKE_SETTINGS):
-        return prepare_demo(folder, cache, settings=settings, packages=packages, client=client)
+    def run(folder, settings=FAKE_SETTINGS, num_processes=1):
+        return prepare_demo(
+            folder,
+            cache,
+            settings=settings,
+            packages=packages,
+            client=client,
+            num_processes=num_processes,
+        )
 
     return run
 
@@ -169,8 +176,8 @@ def test_second_run_touches_nothing(clean, prepare):
     assert is_prepared(folder, FAKE_SETTINGS)
 
 
-def test_clean_run_elsewhere_is_byte_identical(clean, prepare, tmp_path):
-    prepare(tmp_path / "other" / "place")
+def test_clean_run_elsewhere_in_two_processes_is_byte_identical(clean, prepare, tmp_path):
+    prepare(tmp_path / "other" / "place", num_processes=2)
     assert digest_tree(tmp_path / "other" / "place") == digest_tree(clean[0])
 
 

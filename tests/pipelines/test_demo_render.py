@@ -48,7 +48,7 @@ def open_image(data):
     return Image.open(io.BytesIO(data))
 
 
-@given(width=st.integers(16, 200), height=st.integers(16, 200), size=st.sampled_from([16, 48, 128]))
+@given(width=st.integers(48, 96), height=st.integers(48, 96), size=st.sampled_from([16, 48, 128]))
 @settings(max_examples=30, deadline=None)
 def test_icon_is_centered_on_a_white_square(width, height, size):
     image = open_image(render_svg(disc(width, height), size, "png"))
@@ -131,7 +131,7 @@ def test_killed_process_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
     # A real child process that ends without a word at its first chunk.
     monkeypatch.setattr(demo_render, "_write_chunk", die)
     with pytest.raises(DeclipError, match="died, most likely killed for lack of memory"):
-        write(tmp_path, [task("a.png")])
+        write(tmp_path, [task("a.png")], num_processes=2)
 
 
 def die(folder: Path, work: object, size: int) -> dict[str, object]:

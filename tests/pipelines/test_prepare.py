@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture
 def fake_packages(tmp_path, monkeypatch):
     packages, client = make_fake_packages(tmp_path / "origin")
-    fake = functools.partial(prepare_demo, packages=packages, client=client)
+    fake = functools.partial(prepare_demo, packages=packages, client=client, num_processes=1)
     monkeypatch.setattr(prepare_module, "prepare_demo", fake)
     monkeypatch.setenv("OPENDECLIP_CACHE", str(tmp_path / "cache"))
 

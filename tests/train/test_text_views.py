@@ -17,7 +17,8 @@ from declip_train.text_views import (
     synonym_replacement,
 )
 
-WORDS = st.lists(st.sampled_from(["a", "red", "apple", "on", "the", "old", "table", "near", "my", "house"]), max_size=12)
+VOCABULARY = ["a", "red", "apple", "on", "the", "old", "table", "near", "my", "house"]
+WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12)
 SEEDS = st.integers(0, 2**32)
 
 

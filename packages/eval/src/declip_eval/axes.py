@@ -47,9 +47,13 @@ def nice_step(span: float, num_steps: int) -> float:
 
 
 def linear_ticks(low: float, high: float, num_steps: int = 5) -> list[float]:
-    """Return round, evenly spaced numbers whose first and last enclose [low, high]."""
-    if low == high:
-        pad = abs(low) * 0.1 or 1.0
+    """Return round, evenly spaced numbers whose first and last enclose [low, high].
+
+    Values that differ by rounding alone are one value, which then stands in the middle.
+    """
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * size, 1e-200):
+        pad = 0.1 * size if size > 1e-200 else 1.0
         low, high = low - pad, high + pad
     step = nice_step(high - low, num_steps)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -39,8 +39,8 @@ class Series:
     """One line: y over x, both (num_points,), x ascending."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | NDArray[Any]
+    y: Sequence[float] | NDArray[Any]
 
 
 def line_chart(
@@ -208,13 +208,7 @@ def histogram(
     Raises:
         ValueError: no value, a value that is not finite, or fewer than 2 bins.
     """
-    numbers = np.asarray(values, dtype=np.float64).ravel()
-    if not numbers.size:
-        raise ValueError("values is empty: a histogram needs at least one number.")
-    if not np.isfinite(numbers).all():
-        raise ValueError("values holds NaN or infinity: drop those and say how many they were.")
-    if num_bins < 2:
-        raise ValueError(f"num_bins is {num_bins}, but a histogram needs at least 2.")
+    numbers = _check_numbers(values, num_bins)
     edges = _bin_edges(float(numbers.min()), float(numbers.max()), num_bins)
     counts, _ = np.histogram(numbers, edges)
     most = int(counts.max())
@@ -300,6 +294,17 @@ def _check_series(
             )
         lines.append((x, y))
     return lines
+
+
+def _check_numbers(values: Sequence[float] | NDArray[Any], num_bins: int) -> NDArray[np.float64]:
+    numbers = np.asarray(values, dtype=np.float64).ravel()
+    if not numbers.size:
+        raise ValueError("values is empty: a histogram needs at least one number.")
+    if not np.isfinite(numbers).all():
+        raise ValueError("values holds NaN or infinity: drop those and say how many they were.")
+    if num_bins < 2:
+        raise ValueError(f"num_bins is {num_bins}, but a histogram needs at least 2.")
+    return numbers
 
 
 def _running_mean(y: NDArray[np.float64], window: int) -> NDArray[np.float64]:

@@ -8,12 +8,14 @@ import regex
 
 _WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*(?:['’\-][\p{L}\p{M}\p{N}]+)*")
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
-# A token is tried from its start only: hostile captions must not cost quadratic time.
+# Hostile captions must not cost quadratic time: a token is tried from its start only, and the
+# lengths of scheme, labels and name are bounded as the standards bound them.
 _URL = regex.compile(
-    r"(?<![\w.+\-])(?:[a-z][a-z0-9+.\-]*://\S+|www\.\S+"
-    r"|[\w\-]++(?:\.[\w\-]++)*\.\p{L}{2,}/\S*)",
+    r"(?<![\w.+\-])(?:[a-z][a-z0-9+.\-]{0,31}://\S+|www\.\S+"
+    r"|(?:[\w\-]{1,63}\.){1,8}\p{L}{2,63}/\S*)",
     regex.IGNORECASE,
 )
+_MAX_FILE_NAME_CHARS = 255
 _EXTENSION = r"(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|svg|raw|cr2|nef|psd|pdf|mp4|mov)"
 _FILE_NAME = regex.compile(rf"\S+(?:[ \t]+\S+){{0,3}}\.{_EXTENSION}", regex.IGNORECASE)
 _CAMERA_NAME = regex.compile(
@@ -46,6 +48,8 @@ def is_file_name(caption: str) -> bool:
     At most four words before the extension, so that a sentence about a ``.jpg`` is none.
     """
     text = caption.strip()
+    if len(text) > _MAX_FILE_NAME_CHARS:
+        return False
     return bool(_FILE_NAME.fullmatch(text) or _CAMERA_NAME.fullmatch(text))
 
 

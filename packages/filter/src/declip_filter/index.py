@@ -97,7 +97,8 @@ def wilson_interval(share: float, num: int, z: float = 1.959964) -> tuple[float,
     """95 % interval of a share among ``num`` trials (Wilson 1927)."""
     center = (share + z * z / (2 * num)) / (1 + z * z / num)
     spread = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
-    return max(0.0, center - spread), min(1.0, center + spread)
+    # The sums are rounded; the interval of a share always holds the share.
+    return max(0.0, min(share, center - spread)), min(1.0, max(share, center + spread))
 
 
 def progress(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:

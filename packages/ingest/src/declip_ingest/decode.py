@@ -176,7 +176,8 @@ def decode_rgb(data: bytes, policy: ImagePolicy) -> Image.Image:
         raise DecodeError("unsupported_format", kind)
     try:
         with (
-            warnings.catch_warnings(),
+            # Warnings tell of odd EXIF and of sizes Pillow finds large; both are judged here.
+            warnings.catch_warnings(action="ignore"),
             Image.open(io.BytesIO(data), formats=(kind.upper(),)) as image,
         ):
             _check_size(*image.size, policy)
@@ -255,8 +256,7 @@ def _load_resizer(policy: ImagePolicy) -> Callable[[io.BytesIO], tuple[Any, ...]
     """img2dataset's ``Resizer``; imported late, for it takes seconds and much memory."""
     # albumentations, which it imports, calls home for its newest version otherwise.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         from img2dataset.resizer import Resizer
 
     resizer: Callable[[io.BytesIO], tuple[Any, ...]] = Resizer(

@@ -22,7 +22,13 @@ from urllib3.util import Url, parse_url
 
 from declip_ingest import __version__
 from declip_ingest.failures import FetchError
-from declip_ingest.guard import AddressGuard, Deadline, guarded_pool_manager, running_under
+from declip_ingest.guard import (
+    AddressGuard,
+    Deadline,
+    guarded_pool_manager,
+    parse_allowed,
+    running_under,
+)
 from declip_shards import DeclipError
 
 USER_AGENT_TOKEN = "opendeclip"  # noqa: S105 - a robot's name, no secret
@@ -83,6 +89,7 @@ class FetchPolicy:
                 raise DeclipError(
                     f"{name} is {getattr(self, name)} but must be at least {least}; raise it."
                 )
+        parse_allowed(self.allow_addresses)
         contact = self.user_agent_contact
         if not contact.isascii() or (contact and not contact.isprintable()):
             raise DeclipError(

@@ -128,7 +128,14 @@ class DownloadShards:
         if "://" in self.table or self.table.startswith("/"):
             return self.table
         store = Store(self.root)
-        return store.path(self.table) if store.is_local else f"{self.root.rstrip('/')}/{self.table}"
+        try:
+            path = store.path(self.table)
+        except ValueError as error:
+            raise DeclipError(
+                f"table {self.table!r} is taken from the dataset's folder {self.root!r} and leaves "
+                "it; give an absolute path."
+            ) from error
+        return path if store.is_local else str(store.fs.unstrip_protocol(path))
 
     def open_table(self) -> PairTable:
         """Open and check the table.

@@ -109,9 +109,9 @@ def open_pairs(
         source = _ParquetSource(location) if kind == "parquet" else _TextSource(location, kind)
     except OSError as error:
         raise _unreadable(location, error) from error
-    carried = _select(location, source.schema, url_column, caption_column, extra_columns)
     if source.num_rows == 0:
-        raise DeclipError(f"table {location!r} has columns but no rows; give it at least one.")
+        raise DeclipError(f"table {location!r} has no rows; give it at least one.")
+    carried = _select(location, source.schema, url_column, caption_column, extra_columns)
     source.check_text(url_column)
     source.check_text(caption_column)
 

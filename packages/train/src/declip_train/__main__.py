@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from declip_train.launch import launch, prepare_environment
 from declip_train.settings import TrainSettings, read_settings
 from declip_train.supervision import StopSwitch
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 STOPPED = 143
 """Exit status of a run that was asked to stop: as of a process that SIGTERM ended."""
 
@@ -31,6 +33,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what it frees: a step takes and gives back the same large blocks, and
+    fresh ones cost a page fault for every 4 kB (7 % of a small model's step on CPUs).
+
+    Only glibc has these settings; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def _train_here(settings: TrainSettings, quiet: bool) -> int:
@@ -54,6 +69,7 @@ def _train_here(settings: TrainSettings, quiet: bool) -> int:
     torch.set_num_threads(settings.threads_per_rank)
     if use_extension:
         use_prebuilt()
+        keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed(timeout=timedelta(minutes=10), verbose=False)
     stop.listen()

@@ -228,8 +228,9 @@ def random_views(
 
 def to_tensor(views: NDArray[np.float32]) -> Tensor:
     """(..., size, size, 3) in [0, 1] -> normalized float32 (..., 3, size, size)."""
-    normalized = (views - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(normalized, -1, -3)))
+    planes = torch.from_numpy(views).movedim(-1, -3).contiguous()
+    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+    return planes.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def eval_view(data: bytes, size: int) -> NDArray[np.uint8]:

@@ -93,8 +93,8 @@ def gather_features(*features: Tensor) -> tuple[Tensor, ...]:
     if len({matrix.shape[0] for matrix in features}) > 1 or any(m.ndim != 2 for m in features):
         shapes = ", ".join(str(tuple(matrix.shape)) for matrix in features)
         raise ValueError(
-            f"gather_features was given shapes {shapes}: all must be matrices with the same "
-            "number of rows."
+            f"gather_features was given shapes {shapes}: all must be matrices with the same number "
+            "of rows."
         )
     if world_size() == 1:
         return features

@@ -109,8 +109,7 @@ def _refuse_unhealthy(states: Mapping[str, Mapping[str, Tensor]]) -> None:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DeclipError(
                     f"{owner} has numbers in {name} that are not finite, so the model is useless: "
-                    "go back to an "
-                    f"earlier checkpoint, and lower the learning rate."
+                    "go back to an earlier checkpoint, and lower the learning rate."
                 )
 
 
@@ -143,8 +142,7 @@ def export_open_clip(
         if type(key) is not str or type(value) not in (str, int, float, bool, type(None)):
             raise DeclipError(
                 f"The provenance has {key!r}: {value!r} of type {type(value).__name__}, but takes "
-                "only text, "
-                f"numbers, booleans and None: convert it."
+                "only text, numbers, booleans and None: convert it."
             )
     states = {
         "state_dict": _plain_state(model),

@@ -103,8 +103,7 @@ class DeCLIPHeads(nn.Module):
         if self.training and image_features.shape[0] < 2:
             raise ValueError(
                 f"SimSiam's BatchNorm was given a batch of {image_features.shape[0]} on this "
-                "process, but it needs "
-                f"at least 2: raise micro_batch_size."
+                "process, but it needs at least 2: raise micro_batch_size."
             )
         projection = cast(Tensor, self.projector(image_features))
         return projection, cast(Tensor, self.predictor(projection))

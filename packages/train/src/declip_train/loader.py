@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,10 +59,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``."""
         moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **moved)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -243,42 +243,46 @@ def neighbor_info_nce(
     if not image_views or not neighbor_views:
         raise ValueError(
             f"Neighbor supervision was given {len(image_views)} image views and "
-            f"{len(neighbor_views)} neighbor "
-            f"views: give at least one of each."
+            f"{len(neighbor_views)} neighbor views: give at least one of each."
         )
     named = {f"image_views[{i}]": view for i, view in enumerate(image_views)}
     named |= {f"neighbor_views[{i}]": view for i, view in enumerate(neighbor_views)}
     _refuse_unlike(**named)
     images = torch.stack(tuple(image_views))
-    rows = images.shape[1]
+    constants = [view.detach() for view in neighbor_views]
     if has_neighbor is None:
-        all_neighbors = distributed.gather_features(*(view.detach() for view in neighbor_views))
-        return _cross_entropy(images, torch.stack(all_neighbors), logit_scale).mean()
+        neighbors = torch.stack(distributed.gather_features(*constants))
+        return _cross_entropy(images, neighbors, logit_scale).mean()
+    rows = images.shape[1]
     if has_neighbor.shape != (rows,):
         raise ValueError(
             f"has_neighbor has shape {tuple(has_neighbor.shape)}, but must have ({rows},)."
         )
-    # The flag travels as one more column of the features: one collective, and no order to get
-    # wrong.
+    # The flag travels as one more column of the features, so there is still one collective.
     flags = has_neighbor.to(images.dtype).unsqueeze(1)
-    *all_neighbors_list, all_flags = distributed.gather_features(
-        *(view.detach() for view in neighbor_views), flags
-    )
+    *all_neighbors, all_flags = distributed.gather_features(*constants, flags)
     present = all_flags[:, 0] > 0
-    keys = torch.stack(all_neighbors_list)
-    # An absent neighbor is an answer that must not be given, and a row whose own is absent is left
-    # out of the mean; its own column stays in, so that its (unused) loss is a number.
-    logits = _full_precision(logit_scale * torch.einsum("vbd,wnd->vwbn", images, keys))
-    labels = _own_columns(rows, images.device)
-    allowed = present.expand(rows, -1).clone()
-    allowed[torch.arange(rows, device=images.device), labels] = True
-    logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    losses = -logits.log_softmax(dim=-1).gather(
-        -1, labels.view(1, 1, rows, 1).expand(*logits.shape[:-1], 1)
-    )
-    asking = losses[..., 0].mean(dim=(0, 1)) * has_neighbor
-    total: Tensor = asking.sum()
+    losses = _cross_entropy_with_gaps(images, torch.stack(all_neighbors), logit_scale, present)
+    total: Tensor = (losses.mean(dim=(0, 1)) * has_neighbor).sum()
     return total * distributed.world_size() / present.sum().clamp(min=1)
+
+
+def _cross_entropy_with_gaps(
+    queries: Tensor, keys: Tensor, logit_scale: Tensor, present: Tensor
+) -> Tensor:
+    """As `_cross_entropy`, where the keys that are not `present` (N,) are no possible answer.
+
+    A row's own key stays in even if absent, so that the row's loss, which the caller leaves out, is
+    a number all the same.
+    """
+    rows = queries.shape[1]
+    labels = _own_columns(rows, queries.device)
+    allowed = present.expand(rows, -1).clone()
+    allowed[torch.arange(rows, device=queries.device), labels] = True
+    logits = _full_precision(logit_scale * torch.einsum("vbd,wnd->vwbn", queries, keys))
+    log_probabilities = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
+    index = labels.view(1, 1, rows, 1).expand(*logits.shape[:-1], 1)
+    return -log_probabilities.gather(-1, index)[..., 0]
 
 
 def simsiam(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
@@ -340,7 +344,7 @@ def masked_language_modeling(
         raise ValueError(
             f"Masked language modeling was given hidden states {tuple(hidden.shape)}, mask "
             f"positions {tuple(mask_positions.shape)} and targets {tuple(targets.shape)}: they "
-            f"must be (B, T, width), (B, L) and (B, L) with L at least T."
+            "must be (B, T, width), (B, L) and (B, L) with L at least T."
         )
     chosen = mask_positions[:, :length]
     logits = _full_precision(head(hidden[chosen]))

@@ -23,7 +23,7 @@ def _require_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise DeclipError(
             f"{name} is {value!r}, but it must be a whole number of at least 1: correct it in the "
-            f"model's configuration."
+            "model's configuration."
         )
 
 
@@ -52,13 +52,13 @@ class VisionConfig:
         if self.image_size % self.patch_size:
             raise DeclipError(
                 f"vision_cfg.patch_size {self.patch_size} does not divide image_size "
-                f"{self.image_size}: "
-                f"choose a patch size that does, or patches at the border would be lost."
+                f"{self.image_size}: choose a patch size that does, or patches at the border would "
+                "be lost."
             )
         if self.width % self.head_width:
             raise DeclipError(
                 f"vision_cfg.head_width {self.head_width} does not divide width {self.width}: "
-                f"choose a head width that does."
+                "choose a head width that does."
             )
 
     @property
@@ -91,8 +91,8 @@ class TextConfig:
         _require_sizes("text_cfg", self)
         if self.width % self.heads:
             raise DeclipError(
-                f"text_cfg.heads {self.heads} does not divide width {self.width}: "
-                f"choose a number of heads that does."
+                f"text_cfg.heads {self.heads} does not divide width {self.width}: choose a number "
+                "of heads that does."
             )
 
 
@@ -211,8 +211,9 @@ MODEL_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
         ),
     }
 )
-"""Every model that has a name. open_clip's ViT-B-32 has the exact GELU; ours equals its
-ViT-B-32-quickgelu.
+"""Every model that has a name.
+
+open_clip's own ViT-B-32 and ViT-B-16 have the exact GELU; ours equal its -quickgelu variants.
 """
 
 

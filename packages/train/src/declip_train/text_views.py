@@ -104,8 +104,7 @@ class TextView:
         if not 0.0 <= deletion_probability <= 1.0:
             raise DeclipError(
                 f"The probability of leaving out a word is {deletion_probability}, but it must be "
-                "from 0 to 1; "
-                f"DeCLIP has 0.1."
+                "from 0 to 1; DeCLIP has 0.1."
             )
         self.synonyms = synonyms
         self.deletion_probability = deletion_probability

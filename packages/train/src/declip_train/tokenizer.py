@@ -43,8 +43,7 @@ SOT_ID = 49_406
 EOT_ID = 49_407
 """End of text, the last token of a caption; being the largest id, the tower finds it by argmax."""
 PAD_ID = 0
-"""Filler behind the end; also a real token ("!"), so padding is told by position and never by id.
-"""
+"""Filler behind the end; also "!" inside a word, so padding is told by position, never by id."""
 VOCAB_SIZE = 49_408
 CONTEXT_LENGTH = 77
 
@@ -75,8 +74,7 @@ def find_vocabulary() -> Path:
             return path
     raise DeclipError(
         f"The tokenizer's vocabulary {_VOCABULARY_NAME} was not found: install open_clip_torch, "
-        "which ships it, or "
-        f"give its path as `vocabulary`."
+        "which ships it, or give its path as `vocabulary`."
     )
 
 
@@ -100,8 +98,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     except FileNotFoundError as error:
         raise DeclipError(
             f"The tokenizer's vocabulary {path} does not exist: give the path of "
-            f"{_VOCABULARY_NAME}, or none to "
-            f"use the one that open_clip_torch ships."
+            f"{_VOCABULARY_NAME}, or none to use the one that open_clip_torch ships."
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DeclipError(
@@ -113,8 +110,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         raise DeclipError(
             f"The tokenizer's vocabulary {path} has sha256 {digest[:12]}... instead of "
             f"{_VOCABULARY_SHA256[:12]}..., so its token ids would not be CLIP's: give the "
-            "original "
-            f"{_VOCABULARY_NAME}."
+            f"original {_VOCABULARY_NAME}."
         )
     lines = content.decode("utf-8").split("\n")[1 : 1 + _NUM_MERGES]
     return [cast(tuple[str, str], tuple(line.split())) for line in lines]
@@ -149,8 +145,7 @@ class CaptionTokenizer:
         if context_length < 2:
             raise DeclipError(
                 f"context_length is {context_length}, but a caption needs at least 2 tokens, its "
-                "start and its "
-                f"end: raise it (CLIP has {CONTEXT_LENGTH})."
+                f"start and its end: raise it (CLIP has {CONTEXT_LENGTH})."
             )
         self.context_length = context_length
         self._given_vocabulary = vocabulary
@@ -193,8 +188,7 @@ class CaptionTokenizer:
         if not isinstance(caption, str):
             raise DeclipError(
                 f"A caption is {caption!r} of type {type(caption).__name__}, but it must be text: "
-                "drop the sample, "
-                f"or turn it into a string."
+                "drop the sample, or turn it into a string."
             )
         return self._caption_ids(caption)
 

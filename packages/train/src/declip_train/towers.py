@@ -198,8 +198,8 @@ class VisionTransformer(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"Images have shape {tuple(images.shape)}, but this tower takes (batch, "
-                f"{expected[0]}, "
-                f"{expected[1]}, {expected[2]}): resize them, or choose a model of that image size."
+                f"{expected[0]}, {expected[1]}, {expected[2]}): resize them, or choose a model of "
+                "that image size."
             )
         patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         classes = self.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
@@ -290,8 +290,7 @@ class TextTransformer(nn.Module):
         if token_ids.ndim != 2 or token_ids.shape[1] > self.context_length:
             raise ValueError(
                 f"Token ids have shape {tuple(token_ids.shape)}, but this tower takes (batch, at "
-                "most "
-                f"{self.context_length}): tokenize with that context length."
+                f"most {self.context_length}): tokenize with that context length."
             )
         if (mask_positions is None) != (mask_embedding is None):
             raise ValueError(

