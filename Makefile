@@ -27,6 +27,7 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml
 	$(PIP) install --quiet --upgrade -r requirements/build.txt
 	$(PIP) install --quiet -r requirements/all.txt -r requirements/dev.txt
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --no-build-isolation -r requirements/no-deps.txt
+	$(PIP) install --quiet --no-deps -r requirements/dev-no-deps.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

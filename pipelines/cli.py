@@ -62,7 +62,9 @@ def _options_text(pipeline: Pipeline) -> str:
     """Every setting of a recipe with its help line and value."""
     lines = ["", f"settings of {pipeline.recipe} (--stage.field VALUE):"]
     for option in options_of(pipeline):
-        value = ",".join(option.value) if isinstance(option.value, tuple) else option.value
+        value = option.value
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
         lines.append(f"  {option.flag} {kind_name(option.kind)}")
         text = f"{option.help} (default: {value if value != '' else 'empty'})"
         lines += textwrap.wrap(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)

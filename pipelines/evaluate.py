@@ -1,8 +1,12 @@
-"""The evaluation stage: held-out samples of the shards through `declip_eval`."""
+"""The evaluation stage: held-out samples of the shards through `declip_eval`.
+
+torch and scikit-learn are imported where the work begins: the command line builds this stage to
+print a help line or to find that nothing has changed, and should not wait seconds for them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +14,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from declip_eval.intervals import metric_intervals
-from declip_eval.linear_probe import linear_probe
+from declip_eval.linear_probe import CLIP_L2_STRENGTHS, linear_probe
 from declip_eval.ranking import top_matches
 from declip_eval.results import EvalResult, Provenance, format_results_table, write_result
 from declip_eval.retrieval import chance_retrieval, group_captions, retrieval
@@ -18,7 +22,9 @@ from declip_eval.templates import get_templates
 from declip_eval.zeroshot import build_classifier, chance_classification, zeroshot_classification
 from declip_filter.embeddings import EmbedPairs, read_part, read_vectors
 from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
-from pipelines.encoders import FACTORY, CheckpointEncoder, checkpoint_encoder
+
+if TYPE_CHECKING:
+    from pipelines.encoders import CheckpointEncoder
 
 ROW_COLUMNS = ["key", "status", "caption", "label", "category", "split"]
 TOP_K = 5
@@ -66,6 +72,8 @@ class EvaluateModel:
     """Splits that the linear probe learns the categories from."""
     probe_test_split: str = "test_vendor"
     """Split that the linear probe is tested on."""
+    probe_l2_strengths: tuple[float, ...] = CLIP_L2_STRENGTHS
+    """L2 strengths that the probe chooses from on its validation split."""
     templates: str = "simple"
     """Prompt templates: simple, photo, openai_7 or name_only."""
     max_classes: int = 500
@@ -84,6 +92,10 @@ class EvaluateModel:
         for name in ("max_classes", "max_retrieval_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise DeclipError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.probe_l2_strengths or min(self.probe_l2_strengths) <= 0:
+            raise DeclipError(
+                f"probe_l2_strengths is {self.probe_l2_strengths}; give at least one, all above 0."
+            )
         try:
             get_templates(self.templates)
         except ValueError as error:
@@ -101,6 +113,8 @@ class EvaluateModel:
 
 def evaluate(stage: EvaluateModel) -> TaskStats:
     """Run every task of the stage and write its results under ``eval/``."""
+    from pipelines.encoders import checkpoint_encoder
+
     store = Store(stage.root)
     files = embed_everything(stage)
     data = read_held_out(store, stage.embeddings)
@@ -140,6 +154,8 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
 
 def embed_everything(stage: EvaluateModel) -> list[str]:
     """Embed every downloaded sample with the model, in clip-retrieval's layout."""
+    from pipelines.encoders import FACTORY
+
     embed = EmbedPairs(
         root=stage.root,
         name=stage.embeddings,
@@ -208,7 +224,7 @@ def _split_rows(data: HeldOut, split: str) -> npt.NDArray[np.int64]:
 
 
 def zeroshot_task(
-    stage: EvaluateModel, data: HeldOut, encoder: CheckpointEncoder, split: str
+    stage: EvaluateModel, data: HeldOut, encoder: "CheckpointEncoder", split: str
 ) -> tuple[EvalResult, list[dict[str, Any]]]:
     """Classify a split's images among the split's own labels."""
     rows = [i for i in _split_rows(data, split) if data.labels[i]]
@@ -250,7 +266,7 @@ def zeroshot_task(
 
 
 def retrieval_task(
-    stage: EvaluateModel, data: HeldOut, encoder: CheckpointEncoder, split: str
+    stage: EvaluateModel, data: HeldOut, encoder: "CheckpointEncoder", split: str
 ) -> tuple[EvalResult, list[dict[str, Any]]]:
     """Find a split's images by their captions, and the captions by the images."""
     rows = _sample(list(_split_rows(data, split)), stage.max_retrieval_samples, stage.seed)
@@ -288,7 +304,7 @@ def retrieval_task(
 
 
 def probe_task(
-    stage: EvaluateModel, store: Store, data: HeldOut, encoder: CheckpointEncoder
+    stage: EvaluateModel, store: Store, data: HeldOut, encoder: "CheckpointEncoder"
 ) -> EvalResult:
     """Fit categories on frozen features of the training splits, test on another vendor's."""
     train = [i for i in data.rows(stage.probe_train_splits) if data.categories[i]]
@@ -317,6 +333,7 @@ def probe_task(
         np.stack(parts[True][0]),
         np.array(parts[True][1]),
         seed=stage.seed,
+        l2_strengths=stage.probe_l2_strengths,
     )
     metrics = {k: v for k, v in fitted.items() if k.startswith("lp_")}
     num_test = len(parts[True][1])
@@ -339,7 +356,7 @@ def probe_task(
 
 
 def unprojected(
-    stage: EvaluateModel, store: Store, encoder: CheckpointEncoder, keys: set[str]
+    stage: EvaluateModel, store: Store, encoder: "CheckpointEncoder", keys: set[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Features before the projection of the samples in ``keys``."""
     features: dict[str, npt.NDArray[np.float32]] = {}
@@ -353,7 +370,7 @@ def unprojected(
     return features
 
 
-def with_identity(result: EvalResult, store: Store, encoder: CheckpointEncoder) -> EvalResult:
+def with_identity(result: EvalResult, store: Store, encoder: "CheckpointEncoder") -> EvalResult:
     """Add what was read and by which versions, so that a number can be had again."""
     import dataclasses
 

@@ -13,7 +13,6 @@ from declip_eval.heat_map import heat_map
 from declip_eval.results import EvalResult, read_result, results_rows
 from declip_filter import read_neighbors, selected_keys
 from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
-from declip_train.monitor import read_log
 from pipelines.runner import read_run_record
 
 PATH = "report/report.html"
@@ -123,6 +122,8 @@ def write_report(stage: WriteReport) -> TaskStats:
 
 def gather(store: Store) -> Facts:
     """Read the tables that the sections need."""
+    from declip_train.monitor import read_log  # it loads tensorboard, which --help need not wait for
+
     rows: dict[str, Mapping[str, Any]] = {}
     reasons: dict[str, str] = {}
     for shard in layout.list_shards(store):

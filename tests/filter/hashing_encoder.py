@@ -43,7 +43,8 @@ class HashingEncoder:
 
     @staticmethod
     def _unit(rows: np.ndarray) -> Features:
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return np.asarray(unit, dtype=np.float32)
 
 
 class TextOnly(HashingEncoder):

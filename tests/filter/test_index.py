@@ -3,6 +3,7 @@ import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -31,7 +32,7 @@ def unit_rows(num: int, dim: int, seed: int = 0, num_centers: int = 0) -> np.nda
     if num_centers:
         centers = rng.normal(size=(num_centers, dim)) * 1.5
         rows += centers[rng.integers(num_centers, size=num)]
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float16)
 
 
 def plain_recall(index, vectors: np.ndarray, queries: list[int], nprobe: int) -> float:
@@ -114,7 +115,7 @@ def test_wilson_interval_by_the_textbook():
 def test_stage_writes_index_rows_and_info_that_agree(indexed_root, store):
     info = json.loads(store.read_bytes(info_path("captions")))
     rows = sidecars.read_rows(store, rows_path("captions"))
-    index = faiss.read_index(str(store.local_path(index_path("captions"))))
+    index: Any = faiss.read_index(str(store.local_path(index_path("captions"))))
     parts = read_parts(store, "text", layout.list_shards(store))
     keys = [key for part in parts for key in read_vectors(store, "text", "text_emb", part)[1]]
     assert [row["key"] for row in rows] == keys

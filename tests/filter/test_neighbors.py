@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from declip_filter.neighbors import load_index
 from declip_shards import DeclipError, layout, sidecars
 
 
-def tables(store, name="captions") -> dict[str, dict]:
+def tables(store, name="captions") -> dict[str, dict[str, Any]]:
     """key -> its row, over all shards."""
     return {
         row["key"]: row
@@ -182,7 +183,10 @@ def test_torn_and_newer_info_are_refused(indexed_root, store):
 
 
 def test_embeddings_by_other_weights_than_the_index_are_refused(indexed_root):
-    salted = {"encoder": "hashing:64", "encoder_factory": "hashing_encoder:make_salted"}
+    salted: dict[str, Any] = {
+        "encoder": "hashing:64",
+        "encoder_factory": "hashing_encoder:make_salted",
+    }
     run_stage(EmbedPairs(root=indexed_root, **salted))
     with pytest.raises(DeclipError, match=r"index 'captions' is of encoder 'hashing:64'"):
         run_stage(BuildNeighbors(root=indexed_root))

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ GOOD = {
 }
 
 
-def columns(*samples: dict) -> dict[str, np.ndarray]:
+def columns(*samples: dict[str, Any]) -> dict[str, np.ndarray]:
     """Signals as the stage holds them."""
     rows = [GOOD | dict(measure_caption("a red apple on a table")) | s for s in samples]
     types = {f.name: f.type.to_pandas_dtype() for f in SIGNALS}
@@ -38,8 +39,9 @@ def columns(*samples: dict) -> dict[str, np.ndarray]:
     }
 
 
-def reasons(settings: FilterPairs, *samples: dict) -> list[str]:
-    return select_pairs(settings, columns(*samples)).column("reason").to_pylist()
+def reasons(settings: FilterPairs, *samples: dict[str, Any]) -> list[str]:
+    found: list[str] = select_pairs(settings, columns(*samples)).column("reason").to_pylist()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_first_failing_rule_names_the_drop_and_the_hold_out_comes_last():
     assert rules(FilterPairs())[-1].name == "held_out"
 
 
-OFF = {
+OFF: dict[str, Any] = {
     "min_words": None, "min_chars": None, "max_words": None, "max_chars": None,
     "min_letters": None, "max_repetition": None, "min_side_pixels": None, "max_aspect": None,
     "min_contrast": None, "min_entropy": None, "drop_file_names": False, "drop_urls": False,

@@ -73,6 +73,7 @@ def test_each_known_format_is_recognized_and_decoded(kind):
     [
         (b"<!DOCTYPE html><html><body>Please log in</body></html>", "not_image"),
         (b"{}", "not_image"),
+        (b"BMW sells cars", "not_image"),
         (b"\0" * 100, "not_image"),
         (b"PK\x03\x04" + b"\0" * 50, "not_image"),
         (b"<?xml version='1.0'?><svg xmlns='x'/>", "unsupported_format: svg"),

@@ -71,6 +71,17 @@ def test_a_body_comes_back_byte_for_byte(server):
         assert f.fetch(server.add("/close", until_close)) == PICTURE
 
 
+@pytest.mark.parametrize("path", ["/a b/ü.jpg?q=1&r=ñ#top", "/a%20b/%C3%BC.jpg?q=1&r=%C3%B1"])
+def test_spaces_and_letters_beyond_ascii_are_escaped_as_browsers_do(server, path):
+    server.add("/a%20b/%C3%BC.jpg?q=1&r=%C3%B1", response(PICTURE))
+    raw = response(status="302 Found", Location="/ü.jpg".encode().decode("latin-1"))
+    server.add("/raw", raw)
+    server.add("/%C3%BC.jpg", response(b"redirected"))
+    with fetcher(server) as f:
+        assert f.fetch(server.url(path)) == PICTURE
+        assert f.fetch(server.url("/raw")) == b"redirected"
+
+
 def test_connections_are_reused(server):
     with fetcher(server) as f:
         for i in range(20):

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def all_rows(stage: DownloadShards) -> list[dict[str, Any]]:
 def test_the_stage_has_the_five_members():
     stage = DownloadShards(root="x")
     assert isinstance(stage, Stage)
+    assert pickle.loads(pickle.dumps(stage)) == stage, "Ray sends it so"
     assert (stage.num_cpus, stage.num_gpus) == (1, 0)
 
 

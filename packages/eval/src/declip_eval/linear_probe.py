@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from declip_eval.ranking import FloatArray, IntArray, check_features, check_labels, rank_of_label
 from declip_eval.zeroshot import classification_metrics, confusion_matrix, predict_against_ties
@@ -142,6 +140,10 @@ def _fit_and_score(
     features: FloatArray, labels: IntArray, test_features: FloatArray, strength: float
 ) -> tuple[FloatArray, int]:
     """Return the test rows' scores (num_test, num_classes) and the iterations that were used."""
+    # scikit-learn takes a second to import, which those who only read CLIP_L2_STRENGTHS are spared.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=1 / strength, solver="lbfgs", max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         # Weak regularization on separable classes never converges; num_iterations reports it.

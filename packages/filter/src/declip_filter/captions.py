@@ -3,6 +3,7 @@
 import hashlib
 import unicodedata
 from collections.abc import Mapping
+from typing import Any
 
 import regex
 
@@ -59,7 +60,7 @@ def is_url(caption: str) -> bool:
     return found > 0 and not _WORD.search(rest)
 
 
-def measure_caption(caption: str) -> Mapping[str, int | float | bool | str]:
+def measure_caption(caption: str) -> Mapping[str, Any]:
     """Signals of one caption.
 
     Returns:

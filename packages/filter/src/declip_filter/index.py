@@ -5,7 +5,8 @@
     index/NAME/info.json      what it is, of which vectors, and its measured recall; comes last
 
 Index: Johnson et al. 2017, "Billion-scale similarity search with GPUs" (FAISS). The vectors are
-held once as float16 and once inside the index as float32.
+held once as float16 and once inside the index as float32. faiss is imported where it is used: a
+recipe builds this stage without running it, and should not wait for it.
 """
 
 import hashlib
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -75,7 +75,7 @@ class Recall:
     """Measured recall@10 of an index on rows of its own."""
 
     recall: float
-    """Without the query itself and its exact duplicates: what a neighbor table needs."""
+    """Without the query and its duplicates (DUPLICATE_COSINE): what a neighbor table needs."""
     recall_with_duplicates: float
     """The plain figure: the query finds itself and its duplicates, so it is flattering."""
     num_queries: int
@@ -125,6 +125,8 @@ def build_index(vectors: Half, *, nlist: int, seed: int) -> Any:
 
     One thread trains and adds, from a fixed seed: the same rows give the same bytes.
     """
+    import faiss
+
     num_rows, dim = vectors.shape
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -160,6 +162,8 @@ def search(index: Any, queries: Scores, k: int, nprobe: int | None) -> tuple[Sco
     if nprobe is None or not hasattr(index, "nlist"):
         scores, rows = index.search(queries, k)
     else:
+        import faiss
+
         params = faiss.SearchParametersIVF()
         params.nprobe = nprobe
         scores, rows = index.search(queries, k, params=params)
@@ -314,6 +318,8 @@ class BuildIndex:
 
 def index_embeddings(settings: BuildIndex, store: Store) -> TaskStats:
     """Build, measure and write the index; ``info.json`` comes last."""
+    import faiss
+
     parts = read_parts(store, settings.embeddings, shard_tasks(settings.root))
     vectors, rows = _read_all(settings, store, parts)
     nlist = _lists(settings, len(vectors))

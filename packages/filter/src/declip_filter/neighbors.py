@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -79,6 +78,8 @@ def load_index(store: Store, name: str) -> LoadedIndex:
     Raises:
         DeclipError: a file is missing, cut, changed, or of a newer format.
     """
+    import faiss
+
     remedy = "delete the index's folder and rerun the stage that indexes."
     for path in (info_path(name), index_path(name), rows_path(name)):
         if not store.exists(path):

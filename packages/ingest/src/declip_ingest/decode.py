@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, features
 
 from declip_ingest.failures import DecodeError
 from declip_shards import DeclipError
@@ -39,7 +39,6 @@ _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "png"),
     (b"GIF87a", "gif"),
     (b"GIF89a", "gif"),
-    (b"BM", "bmp"),
     (b"II*\0", "tiff"),
     (b"MM\0*", "tiff"),
     (b"%!PS", "eps"),
@@ -58,6 +57,9 @@ def sniff_format(data: bytes) -> str | None:
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return name
+    # Two letters are too little to tell a bitmap from a text; four reserved bytes are zero in it.
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
+        return "bmp"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     if data[4:8] == b"ftyp":
@@ -136,6 +138,11 @@ class ImagePolicy:
                 f"formats is {tuple(self.formats)}; choose one or more of "
                 f"{', '.join(KNOWN_FORMATS)}."
             )
+        if "avif" in self.formats and not features.check("avif"):
+            raise DeclipError(
+                "formats holds 'avif', which this machine's Pillow was built without; leave it out "
+                "or install Pillow's own wheel."
+            )
 
 
 def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
@@ -207,8 +214,6 @@ def _damage(kind: str, data: bytes, error: Exception) -> str:
         return "truncated_image"
     # Pillow knows a cut WebP only as one that cannot be read; its header knows the whole length.
     if kind == "webp" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        return "truncated_image"
-    if isinstance(error, UnidentifiedImageError) and len(data) < SNIFF_BYTES:
         return "truncated_image"
     return "corrupt_image"
 

@@ -309,7 +309,7 @@ class Fetcher:
                 # http.client reads headers as Latin-1; a raw UTF-8 path is what servers send.
                 return location.encode("latin-1", "replace").decode("utf-8", "replace")
             self._check_headers(response)
-            return self._read_body(response, deadline)
+            return self._read_body(response)
         except (faults.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             raise _network_failure(error) from error
         finally:
@@ -334,7 +334,7 @@ class Fetcher:
         if announced.isdecimal() and int(announced) > self.policy.max_body_bytes:
             raise FetchError("too_large")
 
-    def _read_body(self, response: BaseHTTPResponse, deadline: Deadline) -> bytes:
+    def _read_body(self, response: BaseHTTPResponse) -> bytes:
         """At most ``max_body_bytes`` and one read; urllib3 compares with Content-Length."""
         body = bytearray()
         start = time.monotonic()
@@ -348,7 +348,6 @@ class Fetcher:
                 and len(body) < elapsed * self.policy.min_bytes_per_second
             ):
                 raise FetchError("timeout")
-            deadline.remaining()
         if not body:
             raise FetchError("empty_body")
         return bytes(body)

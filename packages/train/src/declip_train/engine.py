@@ -22,7 +22,6 @@ from declip_train.loader import Batch
 from declip_train.settings import TrainSettings
 from declip_train.towers import CLIP, TextOutput
 
-
 _NOT_TO_BE_SENT = "ds_optim_param"
 ROWS_PER_GROUP = 16
 """Captions that share a length on CPUs; see :func:`forward_text_by_length`."""
@@ -58,7 +57,7 @@ def forward_text_by_length(
             mask_positions=None if replaced is None else replaced[rows],
             mask_embedding=mask_embedding,
         )
-        for rows in order.split(rows_per_group)
+        for rows in torch.split(order, rows_per_group)
     ]
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
@@ -191,6 +190,8 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
     return {
         "train_micro_batch_size_per_gpu": settings.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,
+        # None of these methods clips; left out, DeepSpeed would clip at a norm of 1.
+        "gradient_clipping": 0.0,
         "train_batch_size": settings.global_batch_size,
         "zero_optimization": {
             "stage": settings.zero_stage,
@@ -235,10 +236,7 @@ class TrainEngine:
         self.settings, self.num_steps = settings, num_steps
         self.world_size = dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
-        try:
-            self.weights = dict(losses.method_terms(settings.method, settings.weighting))
-        except ValueError as error:
-            raise DeclipError(str(error)) from error
+        self.weights = dict(losses.method_terms(settings.method, settings.weighting))
         self.module = TrainModule(settings).to(self.device)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.module, settings.weight_decay),
@@ -313,7 +311,7 @@ class TrainEngine:
         """
         parameter = self.module.clip.logit_scale
         low, high = self.settings.logit_scale_min, self.settings.logit_scale_max
-        value = float(parameter)
+        value = float(parameter.detach())
         clamped = min(max(value, low), high)
         if clamped == value:
             return
@@ -324,5 +322,5 @@ class TrainEngine:
     def full_logit_scale(self) -> float:
         """Logarithm of the logit scale as the optimizer holds it; a collective operation."""
         parameter = self.module.clip.logit_scale
-        value = safe_get_full_fp32_param(parameter) if self.settings.zero_stage > 0 else parameter
-        return float(parameter if value is None else value)
+        value = safe_get_full_fp32_param(parameter) if self.settings.zero_stage > 0 else None
+        return float((parameter if value is None else value).detach())

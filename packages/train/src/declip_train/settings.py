@@ -302,10 +302,7 @@ def _check_choices(settings: TrainSettings) -> None:
             raise DeclipError(f"{name} {value!r} is not known.{did_you_mean(value, known)}")
     if settings.zero_stage not in (0, 1, 2):
         raise DeclipError(f"zero_stage is {settings.zero_stage}, but must be 0, 1 or 2.")
-    try:
-        model = settings.model_config
-    except ValueError as error:
-        raise DeclipError(str(error)) from error
+    model = settings.model_config
     if settings.image_size not in (None, model.vision.image_size):
         raise DeclipError(
             f"image_size {settings.image_size} is not the {model.vision.image_size} pixels of "
