@@ -7,13 +7,15 @@ import textwrap
 from collections.abc import Sequence
 
 from declip_shards import DeclipError, Store
+from declip_shards.errors import did_you_mean
 from pipelines import __version__, recipes
 from pipelines.options import apply_overrides, kind_name, options_of, split_overrides
 from pipelines.pipeline import Pipeline
-from pipelines.runner import RUNNERS, read_run_record, run_pipeline
+from pipelines.runner import RUNNERS, check_location, read_run_record, run_pipeline
 from pipelines.states import pipeline_states
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+COMMANDS = ("run", "status")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
     run.add_argument(
         "--runner",
-        choices=RUNNERS,
+        metavar="|".join(RUNNERS),
         default="ray",
         help="where tasks run: ray (a cluster, or this machine's cores), or local, in this process",
     )
@@ -81,6 +83,14 @@ def _print_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         print("\nrecipes:\n" + recipes.listing())
 
 
+def _check_command(arguments: Sequence[str]) -> None:
+    """Offer the nearest name for a misspelt command, as for recipes, stages and settings."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise DeclipError(
+            f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)}"
+        )
+
+
 def _print_status(pipeline: Pipeline) -> None:
     store = Store(pipeline.root)
     print(f"{pipeline.recipe} in {pipeline.root}\n")
@@ -93,7 +103,8 @@ def _print_status(pipeline: Pipeline) -> None:
 
 
 def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
-    root = arguments.out or os.path.join("runs", arguments.recipe)
+    root = os.path.join("runs", arguments.recipe) if arguments.out is None else arguments.out
+    check_location(root)
     pipeline = apply_overrides(recipes.build(arguments.recipe, root), overrides)
     if arguments.command == "status":
         _print_status(pipeline)
@@ -108,9 +119,11 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
-    known, rest = parser.parse_known_args(argv)
     try:
+        _check_command(arguments)
+        known, rest = parser.parse_known_args(arguments)
         if known.help or not known.recipe:
             _print_help(parser, known)
             return 0 if known.help else 2

@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 from declip_filter import BuildIndex, BuildNeighbors, EmbedPairs, FilterPairs, MeasureImages
 from declip_ingest.stages import DownloadShards
+from declip_ingest.table import table_digest
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from declip_train.stages import TrainModel
@@ -132,12 +134,15 @@ def _derive_demo(pipeline: Pipeline) -> Pipeline:
         stage: Any = step.stage
         if step.name == "ingest":
             allowed = stage.allow_addresses or (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
+            stage = dataclasses.replace(stage, allow_addresses=allowed)
+            if stage.table != DownloadShards.table:
+                stage = _pin_table(stage)  # not the one whose manifest this step reads
             step = dataclasses.replace(
                 step,
-                stage=dataclasses.replace(stage, allow_addresses=allowed),
+                stage=stage,
                 service=lambda: DemoServer(Store(pipeline.root).local_path(folder), port),
             )
-        if step.name == "eval":
+        if step.name == "eval" and stage.model == EvaluateModel.model:
             step = dataclasses.replace(step, stage=dataclasses.replace(stage, model=train.model))
         steps.append(step)
     return dataclasses.replace(pipeline, steps=steps)
@@ -162,7 +167,34 @@ def pairs(root: str) -> Pipeline:
             summary="train under the deepspeed launcher",
         ),
     ]
-    return Pipeline(recipe="pairs", root=root, steps=steps)
+    return Pipeline(recipe="pairs", root=root, steps=steps, derive=_derive_pairs)
+
+
+def _derive_pairs(pipeline: Pipeline) -> Pipeline:
+    """Find the table from where the command is given, and let its content count, not its place."""
+    ingest: Any = pipeline.step("ingest").stage
+    if "://" not in ingest.table:
+        ingest = dataclasses.replace(ingest, table=os.path.abspath(ingest.table))
+        if not os.path.exists(ingest.table):
+            raise DeclipError(
+                f"table {ingest.table!r} does not exist; name yours with --ingest.table FILE."
+            )
+    pinned = _pin_table(ingest)
+    steps = [
+        dataclasses.replace(step, stage=pinned) if step.name == "ingest" else step
+        for step in pipeline.steps
+    ]
+    return dataclasses.replace(pipeline, steps=steps)
+
+
+def _pin_table(ingest: DownloadShards) -> DownloadShards:
+    """Put the table's digest into the fingerprint, so that another list is another run.
+
+    A digest that the user gives is left, and the stage refuses a table of another one.
+    """
+    if ingest.table_sha256:
+        return ingest
+    return dataclasses.replace(ingest, table_sha256=table_digest(ingest.table_location()))
 
 
 RECIPES: dict[str, Callable[[str], Pipeline]] = {"demo": demo, "pairs": pairs}

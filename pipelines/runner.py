@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from declip_shards import DeclipError, Stage, Store, TaskStats, layout, manifest
+from declip_shards.errors import did_you_mean
 from declip_shards.manifest import Manifest, Receipt
 from pipelines import ray_runner
 from pipelines.lock import workspace_lock
@@ -71,14 +72,16 @@ def pending_tasks(store: Store, step: Step, digest: str) -> tuple[list[str], dic
     """Tasks still to do, and the receipts of those that stand.
 
     A receipt counts when it carries today's fingerprint and its files are there; those of another
-    fingerprint are removed with their files first, so that results are never mixed.
+    fingerprint are removed with their files first, so that results are never mixed. Tasks are
+    asked for before: a stage that refuses its input leaves earlier results as they were.
     """
+    tasks = step.stage.tasks()
     receipts = manifest.read_receipts(store, step.name)
     if any(receipt.fingerprint != digest for receipt in receipts.values()):
         remove_outputs(store, step.name)
         receipts = {}
     kept, pending = {}, []
-    for task in step.stage.tasks():
+    for task in tasks:
         receipt = receipts.get(task)
         if receipt and step.stage.is_done(task) and _files_stand(store, receipt):
             kept[task] = receipt
@@ -108,8 +111,8 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
     start = time.monotonic()
     inputs = input_digests(store, step)
     digest = manifest.fingerprint(step.stage, step.code_version, inputs)
-    store.remove(layout.manifest_path(step.name))
     pending, receipts = pending_tasks(store, step, digest)
+    store.remove(layout.manifest_path(step.name))
     _announce(step, len(pending), len(receipts))
     failures = _run_pending(pipeline, step, pending, receipts, digest, runner)
     if failures:
@@ -197,11 +200,29 @@ def read_run_record(store: Store, step: str) -> dict[str, object]:
     return record
 
 
+def check_location(root: str) -> None:
+    """Refuse an output folder that can be none: no name, an unknown kind of URL, a file."""
+    if not root:
+        raise DeclipError("--out is empty; name a folder or an fsspec URL.")
+    try:
+        store = Store(root)
+    except (ValueError, ImportError) as error:
+        raise DeclipError(
+            f"the output folder {root!r} is of a kind that fsspec cannot open here ({error}); "
+            "choose another --out, or install the package that serves it (s3fs, gcsfs, ...)."
+        ) from error
+    above = store.root
+    while store.is_local and not os.path.exists(above):
+        above = os.path.dirname(above)
+    if store.is_local and not os.path.isdir(above):
+        what = "is" if above == store.root else f"lies in {above!r}, which is"
+        raise DeclipError(f"the output folder {root!r} {what} a file; choose another --out.")
+
+
 def check_root(pipeline: Pipeline) -> None:
     """Refuse an output folder that cannot be written, or that holds somebody else's files."""
+    check_location(pipeline.root)
     store = Store(pipeline.root)
-    if store.is_local and os.path.isfile(store.root):
-        raise DeclipError(f"the output folder {pipeline.root!r} is a file; choose another --out.")
     if store.list("shards", ".tar") and not store.fs.isdir(store.path("manifests")):
         raise DeclipError(
             f"{pipeline.root!r} has shards that no recipe of ours made; they are left alone: "
@@ -232,7 +253,7 @@ def run_pipeline(
 ) -> list[StepReport]:
     """Run ``steps`` in order; stop at the first that fails."""
     if runner not in RUNNERS:
-        raise DeclipError(f"--runner is {runner!r}; it may be {' or '.join(RUNNERS)}.")
+        raise DeclipError(f"--runner is {runner!r}.{did_you_mean(runner, RUNNERS)}")
     check_root(pipeline)
     check_upstream(pipeline, steps)
     reports = []

@@ -53,6 +53,12 @@ def why_stale(store: Store, step: Step, last: Manifest) -> str:
     damaged = manifest.damaged_files(store, last)
     if damaged:
         return f"{damaged[0]} is missing or has another size"
+    if not last.files:
+        # What holds times is not hashed, and logs may be deleted; but where nothing else came of
+        # the step (the report), it is the result.
+        gone = [path for path in last.volatile_files if not store.exists(path)]
+        if gone:
+            return f"{gone[0]} is missing"
     return ""
 
 

@@ -121,7 +121,7 @@ def test_foreign_shards_are_left_alone(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused_by_process(tmp_path):
     code = (
-        "import sys,time;from declip_shards import Store;from pipelines.lock import workspace_lock\n"
+        "import time; from declip_shards import Store; from pipelines.lock import workspace_lock\n"
         f"with workspace_lock(Store({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -34,8 +34,9 @@ class FakeEngine:
 
 
 @pytest.fixture(autouse=True)
-def _process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def _process_group(tmp_path_factory):
+    meeting = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from declip_train.samples import load_samples
 from declip_train.settings import TrainSettings
 from declip_train.towers import CLIP
 
-sys.path.insert(0, str(Path(__file__).parent))
-from training_data import write_training_data
+if TYPE_CHECKING:
+    from tests.train.training_data import write_training_data
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from training_data import write_training_data
 
 SETTINGS = TrainSettings(
     model="test",
@@ -33,7 +37,7 @@ SETTINGS = TrainSettings(
 
 
 @pytest.fixture(scope="module")
-def engine_module():
+def engine_module(tmp_path_factory):
     """The engine, in a process group of one; DeepSpeed's operator is built if it never was."""
     import os
 
@@ -44,7 +48,8 @@ def engine_module():
     from declip_train import engine, extension
 
     extension.use_prebuilt()
-    dist.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    meeting = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     yield engine
     dist.destroy_process_group()
@@ -80,6 +85,16 @@ def test_training_lowers_the_loss(engine_module, samples, method, zero_stage):
     assert first["contrastive"] > math.log(24) - 0.3, "an untrained model knows nothing"
     assert last["total"] < first["total"]
     assert last["contrastive"] < first["contrastive"]
+
+
+def test_mixed_precision_keeps_float32_weights(engine_module, samples):
+    engine, loader = make(engine_module, samples, precision="amp_bf16")
+    exact, _ = make(engine_module, samples)
+    batch = loader.make_batch(0)
+    mixed, plain = engine.train_step(batch).terms, exact.train_step(batch).terms
+    assert mixed != plain
+    assert mixed["total"] == pytest.approx(plain["total"], rel=0.03)
+    assert {p.dtype for p in engine.module.parameters()} == {torch.float32}
 
 
 def test_zero_stages_agree(engine_module, samples):
@@ -163,17 +178,19 @@ def test_what_decays(engine_module):
 def test_grouping_captions_by_length_changes_nothing(engine_module, samples, rows_per_group):
     loader = BatchLoader(samples, SETTINGS, 0, 1)
     batch = loader.make_batch(0)
+    assert batch.replaced is not None
     token_ids, replaced = batch.token_ids.clone(), batch.replaced
     token_ids[::2, 3] = 49_407
     token_ids[::2, 4:] = 0
     replaced = replaced & (torch.arange(replaced.shape[1]) < 3)
     clip = CLIP(SETTINGS.model_config, generator=torch.Generator().manual_seed(0))
-    mask = {"mask_embedding": torch.randn(32), "need_hidden": True}
+    mask: dict[str, Any] = {"mask_embedding": torch.randn(32), "need_hidden": True}
     whole = clip.forward_text(token_ids, mask_positions=replaced, **mask)
     found = engine_module.forward_text_by_length(
         clip, token_ids, rows_per_group=rows_per_group, replaced=replaced, **mask
     )
     torch.testing.assert_close(found.features, whole.features, rtol=1e-5, atol=1e-6)
+    assert whole.hidden is not None
     for row, end in enumerate(token_ids.argmax(1).tolist()):
         torch.testing.assert_close(
             found.hidden[row, : end + 1], whole.hidden[row, : end + 1], rtol=1e-5, atol=1e-5

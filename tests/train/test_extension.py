@@ -75,8 +75,8 @@ def test_waiting_for_another_build_ends(folder):
         ],
         stdout=subprocess.PIPE,
     )
+    assert holder.stdout is not None
     try:
-        assert holder.stdout is not None
         holder.stdout.readline()
         with pytest.raises(DeclipError, match=r"has been compiling .* set OPENDECLIP_CACHE"):
             extension.ensure_built(0.3)

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from declip_train.loader import BatchLoader, epoch_order
 from declip_train.samples import load_samples
 from declip_train.settings import TrainSettings
 
-sys.path.insert(0, str(Path(__file__).parent))
-from training_data import write_training_data
+if TYPE_CHECKING:
+    from tests.train.training_data import write_training_data
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from training_data import write_training_data
 
 SETTINGS = TrainSettings(
     model="test", global_batch_size=12, epochs=2, warmup_steps=1, seed=5, neighbor_choice="sample"
@@ -90,6 +94,12 @@ def test_the_cache_changes_nothing(samples):
 def test_texts_are_the_samples_own(samples):
     loader = BatchLoader(samples, SETTINGS, 0, 1)
     batch = loader.make_batch(2)
+    assert batch.targets is not None
+    assert batch.replaced is not None
+    assert batch.mask_positions is not None
+    assert batch.has_neighbor is not None
+    assert batch.second_token_ids is not None
+    assert batch.neighbor_token_ids is not None
     for row, index in enumerate(loader.global_indices(2)):
         decode = loader.tokenizer.decode
         caption = samples.captions[index]

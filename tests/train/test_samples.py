@@ -3,6 +3,7 @@
 import io
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pytest
@@ -11,8 +12,11 @@ from PIL import Image
 from declip_shards import DeclipError, layout, read_samples, sidecars
 from declip_train.samples import load_samples
 
-sys.path.insert(0, str(Path(__file__).parent))
-from training_data import write_training_data
+if TYPE_CHECKING:
+    from tests.train.training_data import write_training_data
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from training_data import write_training_data
 
 
 def test_every_sample_is_the_shards_own(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,10 +17,13 @@ from declip_shards import DeclipError, Store
 from declip_train.monitor import read_log
 from declip_train.stages import EXPORT_FILES, TrainModel
 
-sys.path.insert(0, str(Path(__file__).parent))
-from training_data import write_training_data
+if TYPE_CHECKING:
+    from tests.train.training_data import write_training_data
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from training_data import write_training_data
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "test",
     "augmentation": "demo",
     "global_batch_size": 8,

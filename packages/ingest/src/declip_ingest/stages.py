@@ -43,7 +43,9 @@ class DownloadShards:
 
     root: str = field(default="", metadata=NOT_HASHED)
     """Folder of the dataset: a path or any fsspec URL."""
-    table: str = "source/pairs.parquet"
+    # Where the list lies cannot change a byte; what it says is known by table_sha256, or by the
+    # manifest of the step that wrote it.
+    table: str = field(default="source/pairs.parquet", metadata=NOT_HASHED)
     """Table of URLs and captions: a path within the dataset, an absolute path, or a URL."""
     table_format: Literal["auto", "parquet", "csv", "tsv", "json", "jsonl"] = "auto"
     """What the table is; auto goes by the ending of its name."""

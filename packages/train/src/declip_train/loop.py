@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,44 @@ def run_name(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to train."""
+
+    folder: Path
+    loader: BatchLoader
+    engine: TrainEngine
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    """What its result depends on."""
+
+
+def prepare(settings: TrainSettings) -> Run:
+    """Read the samples, build the model, open the folder of checkpoints."""
+    folder = Store(settings.root).local_path(FOLDER)
+    samples = load_samples(
+        settings.root,
+        selection=settings.selection,
+        splits=settings.splits,
+        neighbors=settings.neighbors if settings.method == "declip" else None,
+    )
+    identity = run_identity(settings, samples)
+    loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size())
+    checkpoints = Checkpoints(
+        folder / "checkpoints" / run_name(identity),
+        identity,
+        keep=settings.keep_checkpoints,
+        say=say,
+    )
+    return Run(
+        folder=folder,
+        loader=loader,
+        engine=TrainEngine(settings, loader.num_steps),
+        checkpoints=checkpoints,
+        identity=identity,
+    )
+
+
 def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = True) -> bool:
     """Train from the newest whole checkpoint, or from nothing, to the end; then export.
 
@@ -58,41 +97,22 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
         True when the run is complete, False when it stopped early because it was asked to; a rerun
         then goes on from the same step.
     """
-    folder = Store(settings.root).local_path(FOLDER)
-    samples = load_samples(
-        settings.root,
-        selection=settings.selection,
-        splits=settings.splits,
-        neighbors=settings.neighbors if settings.method == "declip" else None,
-    )
-    identity = run_identity(settings, samples)
-    chief = dist.get_rank() == 0
-    loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size())
-    engine = TrainEngine(settings, loader.num_steps)
-    checkpoints = Checkpoints(
-        folder / "checkpoints" / run_name(identity),
-        identity,
-        keep=settings.keep_checkpoints,
-        say=say,
-    )
-    step = saved = checkpoints.restore(engine.deepspeed)
+    run = prepare(settings)
+    loader, engine, num_steps = run.loader, run.engine, run.loader.num_steps
+    step = run.checkpoints.restore(engine.deepspeed)
     monitor = None
-    if chief:
+    if dist.get_rank() == 0:
         monitor = Monitor(
-            folder,
-            num_steps=loader.num_steps,
+            run.folder,
+            num_steps=num_steps,
             start_step=step,
             every=settings.log_every_steps,
             show=show_progress,
         )
     saved_at = time.monotonic()
     for batch in loader.batches(step):
-        waited = time.monotonic() - saved_at
-        record = engine.train_step(
-            batch,
-            stop_asked=stop.is_on,
-            save_asked=0 < settings.checkpoint_every_seconds <= waited,
-        )
+        late = 0 < settings.checkpoint_every_seconds <= time.monotonic() - saved_at
+        record = engine.train_step(batch, stop_asked=stop.is_on, save_asked=late)
         step += 1
         if monitor is not None:
             numbers = {
@@ -102,21 +122,20 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
                 "epoch": step / loader.steps_per_epoch,
             }
             monitor.step(step, numbers, loader.wait_seconds, settings.global_batch_size)
-        by_steps = settings.checkpoint_every_steps
-        due = bool(by_steps) and step % (by_steps or 1) == 0
-        if due or record.save_asked or record.stop_asked or step == loader.num_steps:
-            checkpoints.save(engine.deepspeed, step)
-            saved, saved_at = step, time.monotonic()
-        if record.stop_asked and step < loader.num_steps:
+        every = settings.checkpoint_every_steps
+        due = every is not None and step % every == 0
+        if due or record.save_asked or record.stop_asked or step == num_steps:
+            run.checkpoints.save(engine.deepspeed, step)
+            saved_at = time.monotonic()
+        if record.stop_asked:
             break
-    assert saved == step
     if monitor is not None:
         monitor.close()
-    if chief and step == loader.num_steps:
-        checkpoints.prune(1)
-        export(settings, engine, identity, step)
+    if dist.get_rank() == 0 and step == num_steps:
+        run.checkpoints.prune(1)
+        export(settings, engine, run.identity, step)
     dist.barrier()
-    return step == loader.num_steps
+    return step == num_steps
 
 
 def export(
