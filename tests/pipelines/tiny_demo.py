@@ -71,10 +71,11 @@ def options(settings: Mapping[str, object]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def environment() -> dict[str, str]:
-    """This process's, under which a child imports what we import."""
+def environment(mark: str = "") -> dict[str, str]:
+    """This process's, under which a child imports what we import; ``mark`` tells it apart."""
     paths = [path for path in sys.path if path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TINY_DEMO": mark}
+    return os.environ | ours
 
 
 def free_port() -> int:
@@ -89,13 +90,20 @@ def free_port() -> int:
 
 
 def run_tiny(
-    fakes: Path, out: Path, *arguments: str, port: int, **settings: object
+    fakes: Path,
+    out: Path,
+    *arguments: str,
+    port: int,
+    command_name: str = "run",
+    mark: str = "",
+    **settings: object,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the tiny demo to its end."""
-    chosen = options(TINY | {"prepare.port": port} | settings)
+    """Run the tiny demo to its end; ``settings`` are named with _ for the dot and for hyphens."""
+    named = {name.replace("_", ".", 1).replace("_", "-"): value for name, value in settings.items()}
+    chosen = options(TINY | {"prepare.port": port} | named)
     return subprocess.run(
-        command(fakes, "run", "demo", "--out", str(out), *arguments, *chosen),
-        env=environment(),
+        command(fakes, command_name, "demo", "--out", str(out), *arguments, *chosen),
+        env=environment(mark),
         capture_output=True,
         text=True,
         timeout=300,
@@ -103,11 +111,13 @@ def run_tiny(
 
 
 @contextlib.contextmanager
-def started(fakes: Path, out: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The tiny demo's process while it runs, its output piped; killed at the end."""
+def started(fakes: Path, out: Path, *, port: int, mark: str) -> Iterator[subprocess.Popen[str]]:
+    """The tiny demo's process while it runs, its output piped; killed at the end, it alone."""
     with subprocess.Popen(
-        command(fakes, "run", "demo", "--out", str(out), *arguments),
-        env=environment(),
+        command(
+            fakes, "run", "demo", "--out", str(out), *options(TINY | {"prepare.port": port})
+        ),
+        env=environment(mark),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -9,7 +9,6 @@ by more than rounding.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import NamedTuple, cast
 
 import torch
@@ -48,13 +47,30 @@ class TextOutput(NamedTuple):
     """(batch, trimmed length, width): states after the last LayerNorm; None unless asked for."""
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of OpenAI's towers."""
+QUICK_GELU_SLOPE = 1.702
+"""OpenAI's activation is x * sigmoid(1.702 x)."""
+
+
+class Perceptron(nn.Module):
+    """Two linear maps with an activation between, four times as wide inside."""
+
+    def __init__(self, width: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.quick_gelu = quick_gelu
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # silu(a x) / a is the same function, and keeps one tensor for the backward pass instead of
-        # two.
-        return F.silu(x * 1.702) * (1.0 / 1.702)
+        """(..., width) to the same shape.
+
+        x * sigmoid(a x) is silu(a x) / a. The two factors go into the weights, which are far
+        smaller than the activations: on a CPU that is a tenth of a small tower's time.
+        """
+        if not self.quick_gelu:
+            return cast(Tensor, self.c_proj(F.gelu(self.c_fc(x))))
+        a = QUICK_GELU_SLOPE
+        inner = F.silu(F.linear(x, self.c_fc.weight * a, self.c_fc.bias * a))
+        return F.linear(inner, self.c_proj.weight * (1.0 / a), self.c_proj.bias)
 
 
 class Attention(nn.Module):
@@ -99,13 +115,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU() if quick_gelu else nn.GELU(),
-                c_proj=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = Perceptron(width, quick_gelu)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         """(batch, length, width) to the same shape."""
@@ -162,10 +172,9 @@ class Transformer(nn.Module):
         input_std = self.width**-0.5
         output_std = input_std * (2 * len(self.resblocks)) ** -0.5
         for block in self._blocks():
-            c_fc, c_proj = block.mlp.get_submodule("c_fc"), block.mlp.get_submodule("c_proj")
             _initialize_linear(block.attn.out_proj, output_std, generator)
-            _initialize_linear(cast(nn.Linear, c_fc), (2 * self.width) ** -0.5, generator)
-            _initialize_linear(cast(nn.Linear, c_proj), output_std, generator)
+            _initialize_linear(block.mlp.c_fc, (2 * self.width) ** -0.5, generator)
+            _initialize_linear(block.mlp.c_proj, output_std, generator)
             block.attn.in_proj_weight.normal_(std=input_std, generator=generator)
             block.attn.in_proj_bias.zero_()
 
