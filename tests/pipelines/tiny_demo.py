@@ -8,6 +8,7 @@ folder FAKES. The compiled operator of DeepSpeed stays in the user's own cache.
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -79,14 +80,16 @@ def environment(mark: str = "") -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of the loopback that is free, as is the next one."""
+    """A port of the loopback that is free, as is the next one.
+
+    Below those that the kernel gives to whoever asks for any: Ray and the trainer do.
+    """
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
+        port = 18_600 + 2 * random.randrange(6_000)
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def run_tiny(
