@@ -119,6 +119,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "projector_dim": 256,
     "predictor_hidden_dim": 64,
     "checkpoint_every_seconds": 60.0,
+    "log_every_steps": 5,
 }
 """What the demo's training changes; everything else is DeCLIP's published recipe."""
 

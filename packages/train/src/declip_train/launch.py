@@ -100,6 +100,7 @@ class _Progress:
         self.folder = folder
         self._bar = tqdm(desc="train", unit="step", disable=not sys.stderr.isatty())
         self._last_line = time.monotonic()
+        self._last_step = -1
         self._began = time.time()
 
     def look(self) -> None:
@@ -108,9 +109,12 @@ class _Progress:
             return
         done, total = record["step"], record["num_steps"]
         if self._bar.disable:
-            if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-                self._last_line = time.monotonic()
-                line = f"train: step {done}/{total}, {summary_line(record)}"
+            waited = time.monotonic() - self._last_line
+            if waited >= SECONDS_BETWEEN_LINES and done != self._last_step:
+                self._last_line, self._last_step = time.monotonic(), done
+                batch = record["samples_seen"] / done
+                left = (total - done) * batch / record["samples_per_second"]
+                line = f"train: step {done}/{total}, {summary_line(record)}, {left:.0f} s left"
                 print(line, file=sys.stderr, flush=True)
             return
         if self._bar.total != total:
