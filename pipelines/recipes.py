@@ -82,7 +82,10 @@ def demo(root: str) -> Pipeline:
             summary="fetch packages, draw pictures, write the URL table",
         ),
         *_read_steps(
-            root, DownloadShards(root=root, image_size=64, timeout_seconds=3.0), min_words=1
+            root,
+            DownloadShards(root=root, image_size=64, timeout_seconds=3.0),
+            min_words=1,
+            min_chars=2,
         ),
         Step(
             name="train",

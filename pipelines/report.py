@@ -10,23 +10,14 @@ import numpy as np
 from declip_eval import html
 from declip_eval.charts import Series, bar_chart, line_chart
 from declip_eval.heat_map import heat_map
-from declip_eval.results import EvalResult, read_result, results_rows
+from declip_eval.results import TASKS, EvalResult, read_result, results_rows
 from declip_filter import read_neighbors, selected_keys
 from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
 from pipelines.runner import read_run_record
 
 PATH = "report/report.html"
-NOT_TERMS = (
-    "step",
-    "time",
-    "samples_seen",
-    "logit_scale",
-    "learning_rate",
-    "epoch",
-    "samples_per_second",
-    "data_wait",
-)
-"""Columns of the training log that are no loss terms."""
+NEIGHBORS_SHOWN = 3
+"""Of each sample: what fits into a row at 1,280 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +28,7 @@ class WriteReport:
     """Dataset folder."""
     title: str = "OpenDeCLIP: the demo's run"
     """Heading of the page."""
-    num_examples: int = 8
+    num_examples: int = 7
     """Samples shown a drop reason."""
     num_neighbors: int = 12
     """Samples shown with their nearest neighbors."""
@@ -122,7 +113,8 @@ def write_report(stage: WriteReport) -> TaskStats:
 
 def gather(store: Store) -> Facts:
     """Read the tables that the sections need."""
-    from declip_train.monitor import read_log  # it loads tensorboard, which --help need not wait for
+    # Here, for it loads tensorboard, which --help need not wait for.
+    from declip_train.monitor import read_log
 
     rows: dict[str, Mapping[str, Any]] = {}
     reasons: dict[str, str] = {}
@@ -135,11 +127,14 @@ def gather(store: Store) -> Facts:
         store=store,
         rows=rows,
         reasons=reasons,
-        results=[
-            read_result(store.local_path(f"eval/{name}"))
-            for name in store.list("eval", ".json")
-            if name.startswith("benchmark_")
-        ],
+        results=sorted(
+            (
+                read_result(store.local_path(f"eval/{name}"))
+                for name in store.list("eval", ".json")
+                if name.startswith("benchmark_")
+            ),
+            key=lambda r: (TASKS.index(r.task), -(r.provenance.num_samples if r.provenance else 0)),
+        ),
         predictions=sidecars.read_rows(store, "eval/predictions.parquet"),
         retrieved=sidecars.read_rows(store, "eval/retrieval.parquet"),
         log=read_log(store.local_path("train")),
@@ -305,7 +300,7 @@ def neighbors(stage: WriteReport, facts: Facts) -> Plan:
         kept = selected_keys(facts.store, "default", shard)
         found += read_neighbors(facts.store, "captions", shard, kept).to_pylist()
     shown = _choose([r for r in found if r["neighbor_keys"]], stage.num_neighbors, stage.seed)
-    keys = {k for row in shown for k in (row["key"], *row["neighbor_keys"][:4])}
+    keys = {k for row in shown for k in (row["key"], *row["neighbor_keys"][:NEIGHBORS_SHOWN])}
     share = sum(bool(r["neighbor_keys"]) for r in found) / max(len(found), 1)
 
     def draw(images: Mapping[str, bytes]) -> html.Section:
@@ -314,9 +309,11 @@ def neighbors(stage: WriteReport, facts: Facts) -> Plan:
                 _card(facts, images, row["key"]),
                 [
                     (_card(facts, images, key), float(score))
-                    for key, score in list(zip(row["neighbor_keys"], row["scores"], strict=True))[
-                        :4
-                    ]
+                    for key, score in zip(
+                        row["neighbor_keys"][:NEIGHBORS_SHOWN],
+                        row["scores"][:NEIGHBORS_SHOWN],
+                        strict=True,
+                    )
                 ],
                 score="cosine of caption embeddings",
             )
@@ -334,11 +331,13 @@ def neighbors(stage: WriteReport, facts: Facts) -> Plan:
 
 
 def training_section(facts: Facts) -> html.Section:
+    from declip_train.losses import TERMS
+
     log = facts.log
     if not log:
         raise DeclipError("train/log.jsonl is missing or empty; run the train stage again.")
     steps = [float(r["step"]) for r in log]
-    terms = [name for name in log[0] if name not in NOT_TERMS]
+    terms = [name for name in (*TERMS, "total") if name in log[0]]
 
     def series(name: str) -> Series:
         return Series(name=name, x=steps, y=[float(r[name]) for r in log])
