@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
@@ -60,6 +59,9 @@ def render_svg(svg: str, size: int, extension: str) -> bytes:
 
     Raises ValueError where the markup cannot be drawn.
     """
+    # Here, for a cluster's workers build every recipe and need not have what the demo draws with.
+    import resvg_py
+
     # Without system fonts, so that no icon looks different from one machine to the next.
     drawn = resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)
     icon = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from declip_filter.encoders import Features, one_thread, weights_digest
-from declip_shards import DeclipError, Store
+from declip_shards import Store
 from declip_train.augment import eval_images
 from declip_train.export import load_export
 from declip_train.tokenizer import CaptionTokenizer
@@ -34,13 +34,7 @@ class CheckpointEncoder:
         Raises:
             DeclipError: the folder holds no export, or a damaged one.
         """
-        try:
-            loaded = load_export(folder)
-        except (FileNotFoundError, ValueError) as error:
-            raise DeclipError(
-                f"no usable model in {str(folder)!r}: {error}; run the train stage, or name the "
-                "folder of another export."
-            ) from error
+        loaded = load_export(folder)
         self.name = name
         self.model = loaded.model.to(device).eval()
         self.provenance = loaded.provenance

@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from declip_shards import DeclipError, Stage, Store, TaskStats, manifest
@@ -152,12 +151,16 @@ def check_shared_root(root: str) -> None:
 
 
 def _options() -> dict[str, Any]:
-    """What ``ray.init`` is told; sets the token mode, which Ray reads from the environment."""
+    """What ``ray.init`` is told.
+
+    RAY_AUTH_MODE stays unset where it is: Ray then asks for a token in a cluster of its own, and
+    sends the one it finds to another's. Set by us, it would be read only if Ray has not been
+    imported yet, and img2dataset imports it.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": "ERROR"}
     if has_own_cluster():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         # Workers import our packages from the paths that this process has.
         paths = os.pathsep.join(p for p in sys.path if p)
         env_vars = {"PYTHONPATH": paths, **WORKER_ENVIRONMENT}
@@ -169,9 +172,11 @@ def _options() -> dict[str, Any]:
     address = os.environ["RAY_ADDRESS"]
     is_guarded = asks_for_token(address)
     check_address(address, is_guarded=is_guarded)
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if is_guarded else "disabled")
+    if is_guarded and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a missing token is then named at once
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # in a job, Ray's own runtime env holds
-        folders = [str(Path(str(importlib.import_module(p).__file__)).parent) for p in OUR_PACKAGES]
+        # __path__, for a package without __init__.py has no __file__.
+        folders = [next(iter(importlib.import_module(p).__path__)) for p in OUR_PACKAGES]
         options["runtime_env"] = {"py_modules": folders, "env_vars": WORKER_ENVIRONMENT}
     return options
 
@@ -185,7 +190,7 @@ def start() -> Any:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return sys.modules["ray"]
     options = _options()
-    import ray  # reads RAY_AUTH_MODE as it is imported
+    import ray
 
     try:
         ray.init(**options)

@@ -254,6 +254,8 @@ def run_pipeline(
     """Run ``steps`` in order; stop at the first that fails."""
     if runner not in RUNNERS:
         raise DeclipError(f"--runner is {runner!r}.{did_you_mean(runner, RUNNERS)}")
+    if runner == "ray" and any(step.on_ray for step in steps):
+        ray_runner.check_shared_root(pipeline.root)
     check_root(pipeline)
     check_upstream(pipeline, steps)
     reports = []

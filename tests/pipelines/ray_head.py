@@ -172,6 +172,8 @@ def _wait_until_up(head: Head, process: subprocess.Popen[bytes], log: Path) -> N
     while True:
         with contextlib.suppress(OSError, ValueError, urllib.error.URLError):
             head.get("/api/version")
+            # The client server comes last.
+            socket.create_connection(("127.0.0.1", head.client_port), timeout=1).close()
             return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the head did not start:\n{log.read_text()}")

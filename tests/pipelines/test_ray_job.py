@@ -21,6 +21,7 @@ import ray_head
 from ray_head import Head
 
 from declip_shards.fakes import COLORS, SHAPES, draw
+from pipelines import ray_runner
 from pipelines.cli import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -33,7 +34,8 @@ DECOYS = (".env", ".git/objects/x", ".venv/lib/x.py", "runs/pairs/x.tar", "tests
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ray_head.make_environment(tmp_path_factory.mktemp("workers") / "venv")
+    python: Path = ray_head.make_environment(tmp_path_factory.mktemp("workers") / "venv")
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,64 @@ def test_only_our_code_travels(submitted: tuple[Path, str], head: Head, checkout
     assert sum((copy / p).stat().st_size for p in arrived if p.suffix != ".pyc") < 3_000_000
     modules = {p.name for p in (resources / "py_modules_files").glob("*/*") if p.is_dir()}
     assert modules == {p.name for p in checkout.glob("packages/*/src/declip_*")}
+
+
+DRIVER = """
+import sys
+from declip_shards import DeclipError
+from pipelines import ray_runner
+try:
+    ray = ray_runner.start()
+except DeclipError as error:
+    sys.exit(f"declip: {error}")
+print("nodes", len(ray.nodes()), "cores", ray.cluster_resources()["CPU"])
+print("head", ray.get_runtime_context().gcs_address)
+def importable(names):
+    from importlib.util import find_spec
+    return [name for name in names if find_spec(name)]
+print("workers have", ray.get(ray.remote(importable).remote(ray_runner.OUR_PACKAGES)))
+"""
+"""Starts Ray as a run does, and says where it landed."""
+
+
+def drive(head: Head, address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run outside a Ray job, of somebody who has our packages."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        env=head.environment(None, RAY_ADDRESS=address, PYTHONPATH=paths, **environment),
+        cwd=head.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_driver_outside_a_job_brings_our_packages(head: Head) -> None:
+    address = f"127.0.0.1:{head.gcs_port}"
+    assert ray_runner.asks_for_token(address)
+    assert ray_runner.asks_for_token(f"ray://127.0.0.1:{head.client_port}")
+    # The mode is not set: the head says that it asks for one.
+    done = drive(head, address, RAY_AUTH_TOKEN=ray_head.TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"workers have {list(ray_runner.OUR_PACKAGES)}" in done.stdout
+    assert f":{head.gcs_port}\n" in done.stdout
+
+
+def test_a_driver_without_the_token_gets_one_sentence(head: Head) -> None:
+    done = drive(head, f"127.0.0.1:{head.gcs_port}")
+    assert done.returncode == 1
+    assert "takes no connection" in done.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_of_our_own_never_joins_one_that_runs_here(head: Head) -> None:
+    # Ray keeps the address of the last started head in this folder; ours must not look there.
+    done = drive(head, "", RAY_TMPDIR=str(head.folder), **{ray_head.MARK: str(head.folder)})
+    assert done.returncode == 0, done.stderr
+    assert f"nodes 1 cores {float(os.cpu_count() or 1)}" in done.stdout
+    assert f":{head.gcs_port}\n" not in done.stdout
 
 
 def test_without_the_token_nothing_runs(head: Head, tmp_path: Path) -> None:

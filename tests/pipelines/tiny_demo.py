@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-TINY: Mapping[str, object] = {
+TINY: dict[str, object] = {
     "prepare.max-pairs": 200,
     "prepare.num-held-out-concepts": 3,
     "prepare.num-failures": 28,
@@ -117,9 +117,7 @@ def run_tiny(
 def started(fakes: Path, out: Path, *, port: int, mark: str) -> Iterator[subprocess.Popen[str]]:
     """The tiny demo's process while it runs, its output piped; killed at the end, it alone."""
     with subprocess.Popen(
-        command(
-            fakes, "run", "demo", "--out", str(out), *options(TINY | {"prepare.port": port})
-        ),
+        command(fakes, "run", "demo", "--out", str(out), *options(TINY | {"prepare.port": port})),
         env=environment(mark),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -4,3 +4,5 @@ The package takes functions and arrays and knows no model, no loader and no othe
 repository: `zeroshot`, `linear_probe` and `retrieval` turn features into metrics, `results` stores
 them in CLIP_benchmark's JSON, `html` and `charts` show them without a network.
 """
+
+__version__ = "0.1.0"
