@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := $(wildcard requirements/*.txt)
 OUT ?= runs/demo
+# Test files that run at the same time.
+JOBS ?= 2
 
 .PHONY: setup demo test test-fast check format clean help
 .DEFAULT_GOAL := help
@@ -13,7 +15,7 @@ OUT ?= runs/demo
 help:
 	@echo "make demo       set up, run the whole job on real data, print and draw the result"
 	@echo "make test       set up, run the tests"
-	@echo "make test-fast  the tests without Ray and without several processes"
+	@echo "make test-fast  the tests without Ray, without several processes and without the slow ones"
 	@echo "make check      lint, format check, types"
 	@echo "make format     format the code"
 	@echo "make clean      remove .venv and runs/"
@@ -37,10 +39,10 @@ demo: setup
 	$(BIN)/declip run demo --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not ray and not distributed"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not ray and not distributed and not slow"
 
 check: setup
 	$(BIN)/ruff check .
