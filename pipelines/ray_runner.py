@@ -48,13 +48,10 @@ def _loaded_worker(stage: Stage, digest: str) -> Callable[[str], TaskStats]:
     return _workers[digest]
 
 
-def _ray_task(
-    root: str, step: str, stage: Stage, task: str, digest: str
-) -> tuple[str, Receipt | None, str]:
+def _ray_task(root: str, stage: Stage, task: str, digest: str) -> tuple[str, Receipt | None, str]:
     try:
         store = Store(root)
         receipt = manifest.make_receipt(store, task, digest, _loaded_worker(stage, digest)(task))
-        manifest.write_receipt(store, step, receipt)
     except DeclipError as error:
         return task, None, str(error)
     except Exception:  # reported with the task; the others go on
@@ -245,7 +242,7 @@ def run_on_ray(
     worker died is run again by Ray up to :data:`LOST_WORKER_RETRIES` times.
     """
     check_shared_root(root)
-    ray = start()
+    store, ray = Store(root), start()
     remote = ray.remote(
         num_cpus=stage.num_cpus, num_gpus=stage.num_gpus, max_retries=LOST_WORKER_RETRIES
     )(_ray_task)
@@ -259,13 +256,19 @@ def run_on_ray(
         limit = max(2, int(2 * cores / max(stage.num_cpus, 0.1)))
         while queue and len(names) < limit:
             task = queue.pop()
-            names[remote.remote(root, step, handle, task, digest)] = task
+            names[remote.remote(root, handle, task, digest)] = task
         done, _ = ray.wait(list(names), num_returns=1, timeout=5.0)
         for reference in done:
             task, last_end = names.pop(reference), time.monotonic()
             try:
-                yield ray.get(reference)
+                result = ray.get(reference)
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-                yield task, None, f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {error}"
+                cause = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {error}"
+                result = task, None, cause
             except ray.exceptions.RayError as error:
-                yield task, None, f"Ray could not run it: {error}"
+                result = task, None, f"Ray could not run it: {error}"
+            if result[1] is not None:
+                # Here and not in the worker, which may outlive a killed run for a moment: what it
+                # does then, for instance after the run's own HTTP server has gone, must not count.
+                manifest.write_receipt(store, step, result[1])
+            yield result

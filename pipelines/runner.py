@@ -38,7 +38,7 @@ class StepReport:
 def run_task(
     store: Store, step: str, task: str, digest: str, work: Callable[[str], TaskStats]
 ) -> Receipt:
-    """Do one task and write its receipt last. The same function runs here and inside Ray."""
+    """Do one task in this process and write its receipt last."""
     receipt = manifest.make_receipt(store, task, digest, work(task))
     manifest.write_receipt(store, step, receipt)
     return receipt

@@ -133,7 +133,10 @@ def test_killed_three_ways_it_ends_with_the_same_bytes(tmp_path):
 
     stage = TrainModel(**SETTINGS, root=str(broken))
     assert not stage.is_done("all")
+    # A run of other settings that was given up must not end in this one's record.
+    (broken / "train" / "checkpoints" / "given_up" / "step_00000001").mkdir(parents=True)
     stats = stage.worker()("all")
+    assert len(list((broken / "train" / "checkpoints").iterdir())) == 1
     assert stage.is_done("all")
     assert digests(broken) == digests(straight)
     steps = [r["step"] for r in read_log(broken / "train")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -161,3 +162,9 @@ def export(
     )
     files = {path.name: file_digest(path) for path in paths}
     atomic_write(root / MARK, canonical_json({**identity, "steps": step, "files": files}))
+    # Runs of other settings that were never finished: kept as long as this one might have been
+    # given up for them, of no use now.
+    checkpoints = root / FOLDER / "checkpoints"
+    for other in checkpoints.iterdir():
+        if other.name != run_name(identity):
+            shutil.rmtree(other)
