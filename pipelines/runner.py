@@ -33,6 +33,8 @@ class StepReport:
     num_in: int
     num_out: int
     seconds: float
+    figures: str = ""
+    """What a step of one task measured, such as an index's recall."""
 
 
 def run_task(
@@ -126,14 +128,24 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
     )
     manifest.write_manifest(store, result)
     seconds = time.monotonic() - start
-    write_run_record(store, result, seconds=seconds, runner=runner)
+    where = runner if step.on_ray else "local"
+    write_run_record(store, result, seconds=seconds, runner=where)
     return StepReport(
         step=step.name,
         skipped=False,
         num_in=result.num_in,
         num_out=result.num_out,
         seconds=seconds,
+        figures=_figures(result),
     )
+
+
+def _figures(done: Manifest) -> str:
+    """The plain figures of a step that has one task."""
+    if done.num_tasks != 1:
+        return ""
+    (extra,) = list(done.extra.values()) or [{}]
+    return ", ".join(f"{k} {v}" for k, v in extra.items() if isinstance(v, str | int | float))
 
 
 def _announce(step: Step, num_pending: int, num_kept: int) -> None:
@@ -271,7 +283,9 @@ def _print_report(report: StepReport) -> None:
     if report.skipped:
         print(f"{report.step}: nothing to do ({report.num_in:,} in, {report.num_out:,} out)")
     else:
+        figures = f" ({report.figures})" if report.figures else ""
         print(
-            f"{report.step}: {report.num_in:,} in, {report.num_out:,} out, {report.seconds:.1f} s",
+            f"{report.step}: {report.num_in:,} in, {report.num_out:,} out, "
+            f"{report.seconds:.1f} s{figures}",
             flush=True,
         )
