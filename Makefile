@@ -39,10 +39,10 @@ demo: setup
 	$(BIN)/declip run demo --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not ray and not distributed and not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not ray and not distributed and not slow"
 
 check: setup
 	$(BIN)/ruff check .

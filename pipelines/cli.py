@@ -1,6 +1,7 @@
 """The ``declip`` command."""
 
 import argparse
+import logging
 import os
 import sys
 import textwrap
@@ -9,7 +10,13 @@ from collections.abc import Sequence
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from pipelines import __version__, recipes
-from pipelines.options import apply_overrides, kind_name, options_of, split_overrides
+from pipelines.options import (
+    apply_overrides,
+    kind_name,
+    options_of,
+    split_overrides,
+    take_overrides,
+)
 from pipelines.pipeline import Pipeline
 from pipelines.runner import RUNNERS, check_location, read_run_record, run_pipeline
 from pipelines.states import pipeline_states
@@ -102,6 +109,16 @@ def _print_status(pipeline: Pipeline) -> None:
         print(f"{row}  {state.why}".rstrip())
 
 
+def _show_log_lines() -> None:
+    """Let the stages' own progress lines reach the terminal; other libraries stay silent."""
+    logger = logging.getLogger("pipelines")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("  %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
 def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
     root = os.path.join("runs", arguments.recipe) if arguments.out is None else arguments.out
     check_location(root)
@@ -120,16 +137,24 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    _show_log_lines()
     parser = build_parser()
     try:
         _check_command(arguments)
-        known, rest = parser.parse_known_args(arguments)
+        overrides, others = take_overrides(arguments)
+        known, rest = parser.parse_known_args(others)
         if known.help or not known.recipe:
             _print_help(parser, known)
             return 0 if known.help else 2
-        _execute(known, split_overrides(rest))
+        _execute(known, [*overrides, *split_overrides(rest)])
     except DeclipError as error:
         print(f"declip: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        print(
+            f"declip: {error}; what is done is kept, run the same command again after mending it.",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(

@@ -18,9 +18,6 @@ from declip_train.augment import eval_images
 from declip_train.export import load_export
 from declip_train.tokenizer import CaptionTokenizer
 
-FACTORY = "pipelines.encoders:checkpoint_encoder"
-"""What `EmbedPairs.encoder_factory` is set to for a name ``checkpoint:FOLDER``."""
-
 
 class CheckpointEncoder:
     """The two towers of an export folder, on the CPU or a GPU."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
 from declip_eval.intervals import metric_intervals
 from declip_eval.linear_probe import CLIP_L2_STRENGTHS, linear_probe
@@ -21,12 +20,16 @@ from declip_eval.retrieval import chance_retrieval, group_captions, retrieval
 from declip_eval.templates import get_templates
 from declip_eval.zeroshot import build_classifier, chance_classification, zeroshot_classification
 from declip_filter.embeddings import EmbedPairs, read_part, read_vectors
+from declip_filter.selection import selected_keys
 from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
+from pipelines.progress import Progress
 
 if TYPE_CHECKING:
     from pipelines.encoders import CheckpointEncoder
 
 ROW_COLUMNS = ["key", "status", "caption", "label", "category", "split"]
+FACTORY = "pipelines.encoders:checkpoint_encoder"
+"""What `EmbedPairs.encoder_factory` is set to for a name ``checkpoint:FOLDER``."""
 TOP_K = 5
 """Answers kept a query for the report."""
 
@@ -118,6 +121,7 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
     store = Store(stage.root)
     files = embed_everything(stage)
     data = read_held_out(store, stage.embeddings)
+    refuse_trained_on(stage, store, data)
     encoder = checkpoint_encoder(stage.export, root=stage.root, device="cpu")
     results: list[EvalResult] = []
     predictions: list[dict[str, Any]] = []
@@ -154,8 +158,6 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
 
 def embed_everything(stage: EvaluateModel) -> list[str]:
     """Embed every downloaded sample with the model, in clip-retrieval's layout."""
-    from pipelines.encoders import FACTORY
-
     embed = EmbedPairs(
         root=stage.root,
         name=stage.embeddings,
@@ -168,9 +170,41 @@ def embed_everything(stage: EvaluateModel) -> list[str]:
     )
     work = embed.worker()
     files: list[str] = []
-    for shard in tqdm(embed.tasks(), desc="eval: embed", unit="shard", disable=None):
-        files += work(shard).files
+    shards = embed.tasks()
+    with Progress("eval: embed", len(shards)) as bar:
+        for shard in shards:
+            stats = work(shard)
+            files += stats.files
+            bar.advance(stats.num_out)
     return files
+
+
+def refuse_trained_on(stage: EvaluateModel, store: Store, data: HeldOut) -> None:
+    """Refuse to call samples held out that the training run read.
+
+    Raises:
+        DeclipError: with the number of them, the first one, and the remedy.
+    """
+    trained = manifest.read_manifest(store, "train")
+    if trained is None:
+        return
+    selection, splits = str(trained.settings["selection"]), trained.settings["splits"]
+    seen = {
+        key for shard in layout.list_shards(store) for key in selected_keys(store, selection, shard)
+    }
+    evaluated = {*stage.zeroshot_splits, *stage.retrieval_splits, stage.probe_test_split}
+    both = [
+        i
+        for i in data.rows(sorted(evaluated))
+        if data.keys[i] in seen and (not splits or data.splits[i] in splits)
+    ]
+    if both:
+        first = both[0]
+        raise DeclipError(
+            f"{len(both)} samples of the test splits were trained on, the first is "
+            f"{data.keys[first]!r} of {data.splits[first]!r}: they are not held out; drop them "
+            "with --filter.keep-splits, or evaluate on other splits."
+        )
 
 
 def read_held_out(store: Store, embeddings: str) -> HeldOut:
@@ -361,12 +395,14 @@ def unprojected(
     """Features before the projection of the samples in ``keys``."""
     features: dict[str, npt.NDArray[np.float32]] = {}
     shards = layout.list_shards(store)
-    for shard in tqdm(shards, desc="eval: probe features", unit="shard", disable=None):
-        samples = [s for s in read_samples(store, shard) if s.key in keys]
-        for start in range(0, len(samples), stage.batch_size):
-            batch = samples[start : start + stage.batch_size]
-            _, pooled = encoder.encode_image_both([s.image for s in batch])
-            features |= {s.key: row for s, row in zip(batch, pooled, strict=True)}
+    with Progress("eval: probe features", len(shards)) as bar:
+        for shard in shards:
+            samples = [s for s in read_samples(store, shard) if s.key in keys]
+            for start in range(0, len(samples), stage.batch_size):
+                batch = samples[start : start + stage.batch_size]
+                _, pooled = encoder.encode_image_both([s.image for s in batch])
+                features |= {s.key: row for s, row in zip(batch, pooled, strict=True)}
+            bar.advance(len(samples))
     return features
 
 

@@ -105,6 +105,8 @@ def parse_value(text: str, kind: Any, flag: str) -> Any:
                 return allowed
         raise DeclipError(f"{flag} is {text!r}.{did_you_mean(text, [str(a) for a in arguments])}")
     if origin is tuple:
+        if text.lower() == "none":
+            return ()
         return tuple(parse_value(t, arguments[0], flag) for t in text.split(",") if t)
     if kind is bool:
         if text.lower() in TRUE + FALSE:
@@ -118,6 +120,25 @@ def parse_value(text: str, kind: Any, flag: str) -> Any:
 
 def _article(kind: Any) -> str:
     return {int: "a whole number", float: "a number"}.get(kind, f"a {kind_name(kind)}")
+
+
+def take_overrides(
+    arguments: Sequence[str],
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Settings (``--stage.field VALUE``), wherever they stand, and the arguments that are left."""
+    overrides: list[tuple[str, str]] = []
+    others: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name = argument.partition("=")[0]
+        if not (name.startswith("--") and "." in name):
+            others.append(argument)
+            continue
+        value = [] if "=" in argument else rest[:1]
+        overrides += split_overrides([argument, *value])
+        del rest[: len(value)]
+    return overrides, others
 
 
 def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """A pipeline: named steps, each a stage and the steps it reads."""
 
-import sys
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,9 +28,13 @@ class Step:
 
     @property
     def code_version(self) -> str:
-        """Version of the package that defines the stage: part of the fingerprint."""
-        module = sys.modules[type(self.stage).__module__.partition(".")[0]]
-        return str(getattr(module, "__version__", "0"))
+        """Versions of the packages that make the stage's bytes: part of the fingerprint."""
+        own = type(self.stage).__module__.partition(".")[0]
+        rooms = ["declip_shards", own]
+        if own == "pipelines":
+            rooms[1:] = ["declip_filter", "declip_train", "declip_eval", own]
+        versions = (getattr(importlib.import_module(room), "__version__", "0") for room in rooms)
+        return ", ".join(f"{r} {v}" for r, v in zip(rooms, versions, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def _ray_task(root: str, stage: Stage, task: str, digest: str) -> tuple[str, Rec
         receipt = manifest.make_receipt(store, task, digest, _loaded_worker(stage, digest)(task))
     except DeclipError as error:
         return task, None, str(error)
+    except OSError as error:
+        return task, None, f"{type(error).__name__}: {error}"
     except Exception:  # reported with the task; the others go on
         return task, None, traceback.format_exc()
     return task, receipt, ""

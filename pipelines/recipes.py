@@ -6,14 +6,22 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from declip_filter import BuildIndex, BuildNeighbors, EmbedPairs, FilterPairs, MeasureImages
+from declip_filter import (
+    BuildIndex,
+    BuildNeighbors,
+    EmbedPairs,
+    Encoder,
+    FilterPairs,
+    MeasureImages,
+    register_encoder,
+)
 from declip_ingest.stages import DownloadShards
 from declip_ingest.table import table_digest
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from declip_train.stages import TrainModel
 from pipelines.demo_server import DemoServer
-from pipelines.evaluate import EvaluateModel
+from pipelines.evaluate import FACTORY, EvaluateModel
 from pipelines.pipeline import Pipeline, Step
 from pipelines.prepare import FOLDER, PrepareDemo
 from pipelines.report import WriteReport
@@ -127,11 +135,43 @@ DEMO_TRAINING: dict[str, Any] = {
 """What the demo's training changes; everything else is DeCLIP's published recipe."""
 
 
+NAMES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("measure", "name", (("filter", "signals"),)),
+    ("filter", "name", (("embed", "selection"), ("train", "selection"), ("report", "selection"))),
+    ("embed", "name", (("index", "embeddings"),)),
+    ("index", "name", (("neighbors", "index"),)),
+    ("neighbors", "name", (("train", "neighbors"), ("report", "neighbors"))),
+    ("train", "model", (("eval", "model"),)),
+)
+"""Where a name is set, and the settings of later steps that must be the same."""
+
+
+def carry_names(pipeline: Pipeline) -> Pipeline:
+    """Let a name that is set once reach the steps that read what it names.
+
+    A setting that the user gave another value than its own default is left as it is.
+    """
+    stages: dict[str, Any] = {step.name: step.stage for step in pipeline.steps}
+    for source, setting, readers in NAMES:
+        for reader, field in readers:
+            if source not in stages or reader not in stages:
+                continue
+            stage, value = stages[reader], getattr(stages[source], setting)
+            if getattr(stage, field) == getattr(type(stage), field):
+                stages[reader] = dataclasses.replace(stage, **{field: value})
+    embed = stages["embed"]
+    if embed.encoder.startswith("checkpoint:") and not embed.encoder_factory:
+        # Worker processes know this kind by its dotted path alone.
+        stages["embed"] = dataclasses.replace(embed, encoder_factory=FACTORY)
+    steps = [dataclasses.replace(step, stage=stages[step.name]) for step in pipeline.steps]
+    return dataclasses.replace(pipeline, steps=steps)
+
+
 def _derive_demo(pipeline: Pipeline) -> Pipeline:
-    """Let the port and the model's name, set once, reach the steps that must agree on them."""
-    prepare, train = pipeline.step("prepare").stage, pipeline.step("train").stage
+    """Let the port and all names, set once, reach the steps that must agree on them."""
+    pipeline = carry_names(pipeline)
+    prepare = pipeline.step("prepare").stage
     assert isinstance(prepare, PrepareDemo)
-    assert isinstance(train, TrainModel)
     port, folder = prepare.port, FOLDER
     steps = []
     for step in pipeline.steps:
@@ -146,8 +186,6 @@ def _derive_demo(pipeline: Pipeline) -> Pipeline:
                 stage=stage,
                 service=lambda: DemoServer(Store(pipeline.root).local_path(folder), port),
             )
-        if step.name == "eval" and stage.model == EvaluateModel.model:
-            step = dataclasses.replace(step, stage=dataclasses.replace(stage, model=train.model))
         steps.append(step)
     return dataclasses.replace(pipeline, steps=steps)
 
@@ -176,6 +214,7 @@ def pairs(root: str) -> Pipeline:
 
 def _derive_pairs(pipeline: Pipeline) -> Pipeline:
     """Find the table from where the command is given, and let its content count, not its place."""
+    pipeline = carry_names(pipeline)
     ingest: Any = pipeline.step("ingest").stage
     if "://" not in ingest.table:
         ingest = dataclasses.replace(ingest, table=os.path.abspath(ingest.table))
@@ -200,6 +239,15 @@ def _pin_table(ingest: DownloadShards) -> DownloadShards:
         return ingest
     return dataclasses.replace(ingest, table_sha256=table_digest(ingest.table_location()))
 
+
+def _lazy_checkpoint_encoder(model: str, *, root: str, device: str) -> Encoder:
+    """The encoder of our own exports; torch is loaded when one is asked for."""
+    from pipelines.encoders import checkpoint_encoder
+
+    return checkpoint_encoder(model, root=root, device=device)
+
+
+register_encoder("checkpoint", _lazy_checkpoint_encoder)
 
 RECIPES: dict[str, Callable[[str], Pipeline]] = {"demo": demo, "pairs": pairs}
 """Every recipe by its name."""

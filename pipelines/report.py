@@ -28,6 +28,10 @@ class WriteReport:
     """Dataset folder."""
     title: str = "OpenDeCLIP: the demo's run"
     """Heading of the page."""
+    selection: str = "default"
+    """Selection whose reasons are shown."""
+    neighbors: str = "captions"
+    """Neighbor table that is shown."""
     num_examples: int = 7
     """Samples shown a drop reason."""
     num_neighbors: int = 12
@@ -77,7 +81,7 @@ class Facts:
 
 def write_report(stage: WriteReport) -> TaskStats:
     """Write ``report/report.html``. It holds times, so the manifest names it without a hash."""
-    facts = gather(Store(stage.root))
+    facts = gather(Store(stage.root), stage.selection)
     wanted: dict[str, bytes] = {}
     plans = [
         kept_and_dropped(stage, facts),
@@ -111,17 +115,20 @@ def write_report(stage: WriteReport) -> TaskStats:
     return TaskStats(num_in=len(facts.rows), num_out=len(facts.rows), volatile_files=(PATH,))
 
 
-def gather(store: Store) -> Facts:
+def gather(store: Store, selection: str = "default") -> Facts:
     """Read the tables that the sections need."""
     # Here, for it loads tensorboard, which --help need not wait for.
     from declip_train.monitor import read_log
 
+    done = manifest.read_manifest(store, "eval")
+    if done is None:
+        raise DeclipError("the report reads eval's results, which are not there; run eval first.")
     rows: dict[str, Mapping[str, Any]] = {}
     reasons: dict[str, str] = {}
     for shard in layout.list_shards(store):
         for row in sidecars.read_rows(store, layout.shard_parquet_path(shard)):
             rows[row["key"]] = row
-        for row in sidecars.read_rows(store, layout.selection_path("default", shard)):
+        for row in sidecars.read_rows(store, layout.selection_path(selection, shard)):
             reasons[row["key"]] = row["reason"]
     return Facts(
         store=store,
@@ -129,9 +136,9 @@ def gather(store: Store) -> Facts:
         reasons=reasons,
         results=sorted(
             (
-                read_result(store.local_path(f"eval/{name}"))
-                for name in store.list("eval", ".json")
-                if name.startswith("benchmark_")
+                read_result(store.local_path(record.path))
+                for record in done.files
+                if record.path.startswith("eval/benchmark_")
             ),
             key=lambda r: (TASKS.index(r.task), -(r.provenance.num_samples if r.provenance else 0)),
         ),
@@ -173,7 +180,8 @@ def _metric(facts: Facts, task: str, metric: str, dataset: str) -> tuple[float, 
 
 def tiles(facts: Facts) -> list[tuple[str, str, str]]:
     """Headline numbers."""
-    num_kept = sum(reason == "" for reason in facts.reasons.values())
+    trained = manifest.read_manifest(facts.store, "train")
+    num_kept = trained.num_out if trained else 0
     found = [
         ("Pairs asked for", f"{len(facts.rows):,}", "rows of the URL table"),
         (
@@ -181,7 +189,7 @@ def tiles(facts: Facts) -> list[tuple[str, str, str]]:
             f"{len(facts.reasons):,}",
             f"{len(facts.rows) - len(facts.reasons):,} failed",
         ),
-        ("Trained on", f"{num_kept:,}", "kept by the filter"),
+        ("Trained on", f"{num_kept:,}", "selected pairs"),
     ]
     for label, task, metric, dataset in (
         ("Zero-shot, new vendor", "zeroshot_classification", "acc1", "test_vendor"),
@@ -297,8 +305,8 @@ def kept_and_dropped(stage: WriteReport, facts: Facts) -> Plan:
 def neighbors(stage: WriteReport, facts: Facts) -> Plan:
     found: list[Mapping[str, Any]] = []
     for shard in layout.list_shards(facts.store):
-        kept = selected_keys(facts.store, "default", shard)
-        found += read_neighbors(facts.store, "captions", shard, kept).to_pylist()
+        kept = selected_keys(facts.store, stage.selection, shard)
+        found += read_neighbors(facts.store, stage.neighbors, shard, kept).to_pylist()
     shown = _choose([r for r in found if r["neighbor_keys"]], stage.num_neighbors, stage.seed)
     keys = {k for row in shown for k in (row["key"], *row["neighbor_keys"][:NEIGHBORS_SHOWN])}
     share = sum(bool(r["neighbor_keys"]) for r in found) / max(len(found), 1)

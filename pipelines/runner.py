@@ -56,6 +56,8 @@ def run_here(
             yield task, run_task(store, step, task, digest, work), ""
         except DeclipError as error:
             yield task, None, str(error)
+        except OSError as error:
+            yield task, None, f"{type(error).__name__}: {error}"
         except Exception:  # a defect in one task must not lose the others' work
             yield task, None, traceback.format_exc()
 
@@ -106,17 +108,20 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
     """
     store = Store(pipeline.root)
     last = manifest.read_manifest(store, step.name)
-    if last is not None and not why_stale(store, step, last):
+    why = why_stale(store, step, last) if last is not None else ""
+    if last is not None and not why:
         return StepReport(
             step=step.name, skipped=True, num_in=last.num_in, num_out=last.num_out, seconds=0.0
         )
     start = time.monotonic()
     inputs = input_digests(store, step)
     digest = manifest.fingerprint(step.stage, step.code_version, inputs)
-    pending, receipts = pending_tasks(store, step, digest)
-    store.remove(layout.manifest_path(step.name))
-    _announce(step, len(pending), len(receipts))
-    failures = _run_pending(pipeline, step, pending, receipts, digest, runner)
+    # The service before anything is removed: where its port is taken, earlier results stay.
+    with step.service() if step.service else contextlib.nullcontext():
+        pending, receipts = pending_tasks(store, step, digest)
+        store.remove(layout.manifest_path(step.name))
+        _announce(step, len(pending), len(receipts), why)
+        failures = _run_pending(pipeline, step, pending, receipts, digest, runner)
     if failures:
         raise DeclipError(_failure_text(step.name, failures, len(receipts)))
     result = manifest.build_manifest(
@@ -148,7 +153,9 @@ def _figures(done: Manifest) -> str:
     return ", ".join(f"{k} {v}" for k, v in extra.items() if isinstance(v, str | int | float))
 
 
-def _announce(step: Step, num_pending: int, num_kept: int) -> None:
+def _announce(step: Step, num_pending: int, num_kept: int, why: str) -> None:
+    if why:
+        print(f"{step.name}: runs again: {why}")
     kept = f" ({num_kept} already done)" if num_kept else ""
     noun = "task" if num_pending == 1 else "tasks"
     print(f"{step.name}: {step.summary or type(step.stage).__name__}: {num_pending} {noun}{kept}")
@@ -168,10 +175,7 @@ def _run_pending(
     if not pending:
         return failures
     run = ray_runner.run_on_ray if runner == "ray" and step.on_ray else run_here
-    with (
-        step.service() if step.service else contextlib.nullcontext(),
-        Progress(step.name, len(pending) + len(receipts), len(receipts)) as bar,
-    ):
+    with Progress(step.name, len(pending) + len(receipts), len(receipts)) as bar:
         for task, receipt, cause in run(pipeline.root, step.name, step.stage, pending, digest):
             if receipt is None:
                 failures[task] = cause
@@ -238,7 +242,7 @@ def check_root(pipeline: Pipeline) -> None:
     if store.list("shards", ".tar") and not store.fs.isdir(store.path("manifests")):
         raise DeclipError(
             f"{pipeline.root!r} has shards that no recipe of ours made; they are left alone: "
-            "choose another --out, or read them in place with a recipe that starts at filter."
+            "choose another --out."
         )
     store.check_writable()
 

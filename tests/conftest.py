@@ -1,8 +1,22 @@
 """Shared by all tests."""
 
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 # Modules that tests hand to other processes (stages for Ray, stand-ins) must be importable there.
 for folder in ("pipelines", "train"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+
+LONG_MARKS = ("distributed", "ray", "slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests go first, so that no worker is left with one of them at the end."""
+    weight: Counter[Path] = Counter()
+    for item in items:
+        weight[item.path] += sum(item.get_closest_marker(mark) is not None for mark in LONG_MARKS)
+    items.sort(key=lambda item: -weight[item.path])

@@ -85,7 +85,9 @@ def manifests(out):
 def stages_run(ended):
     """Stages that did something, by what the terminal says."""
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
-    return re.findall(r"^(\w+): [\d,]+ in, [\d,]+ out, [\d.]+ s$", ended.stdout, re.MULTILINE)
+    return re.findall(
+        r"^(\w+): [\d,]+ in, [\d,]+ out, [\d.]+ s(?: \(.*\))?$", ended.stdout, re.MULTILINE
+    )
 
 
 def stages_skipped(ended):

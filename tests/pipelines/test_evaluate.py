@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ import torch
 from PIL import Image
 
 from declip_eval.results import read_result
-from declip_shards import DeclipError, Sample, Store, layout, read_samples, write_shard
+from declip_shards import (
+    DeclipError,
+    Sample,
+    Store,
+    layout,
+    manifest,
+    read_samples,
+    write_shard,
+)
 from declip_train.export import PreprocessSettings, export_open_clip
 from declip_train.model_config import get_model_config
 from declip_train.towers import CLIP
@@ -301,3 +310,27 @@ def test_embeddings_of_other_samples_are_refused(dataset, tmp_path):
 def test_wrong_settings_are_refused_at_once(settings, sentence):
     with pytest.raises(DeclipError, match=sentence):
         EvaluateModel(root="x", **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training stage's manifest says that evaluation asks for."""
+
+    selection: str = ""
+    splits: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), ()])
+def test_samples_that_were_trained_on_are_not_called_held_out(dataset, tmp_path, splits):
+    root = tmp_path / "noise"
+    shutil.copytree(dataset, root)
+    export_untrained(root, 0)
+    trained = manifest.build_manifest(
+        step="train", stage=Trained(splits=splits), code_version="1", inputs={}, receipts=[]
+    )
+    manifest.write_manifest(Store(str(root)), trained)
+    if splits == ("train",):
+        assert evaluate(root)
+        return
+    with pytest.raises(DeclipError, match=r"300 samples of the test splits were trained on"):
+        evaluate(root)

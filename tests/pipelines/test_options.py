@@ -3,7 +3,13 @@ from test_runner import toy
 
 from declip_shards import DeclipError
 from declip_shards.manifest import settings_of
-from pipelines.options import apply_overrides, options_of, parse_value, split_overrides
+from pipelines.options import (
+    apply_overrides,
+    options_of,
+    parse_value,
+    split_overrides,
+    take_overrides,
+)
 
 
 def test_every_option_has_a_help_line_and_its_value(tmp_path):
@@ -48,3 +54,16 @@ def test_values_of_every_kind():
     assert parse_value("off", bool, "--x") is False
     with pytest.raises(DeclipError, match="true or false"):
         parse_value("maybe", bool, "--x")
+
+
+def test_settings_may_stand_anywhere_among_the_arguments():
+    given = ["run", "--numbers.count", "3", "toy", "--only", "sum", "--sum.factor=2"]
+    overrides, others = take_overrides(given)
+    assert overrides == [("--numbers.count", "3"), ("--sum.factor", "2")]
+    assert others == ["run", "toy", "--only", "sum"]
+    with pytest.raises(DeclipError, match=r"--sum.factor needs a value"):
+        take_overrides(["run", "toy", "--sum.factor"])
+
+
+def test_none_empties_a_list():
+    assert parse_value("none", tuple[str, ...], "--x") == ()

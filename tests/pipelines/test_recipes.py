@@ -51,7 +51,7 @@ def test_every_recipe_builds_and_says_its_command_and_what_to_expect(name):
 @pytest.mark.parametrize("step", recipes.build("demo", "x").steps, ids=lambda step: step.name)
 def test_the_code_of_every_step_has_a_version(step):
     # It is part of the fingerprint: without it a new release would not run the step again.
-    assert re.fullmatch(r"\d+\.\d+\.\d+", step.code_version)
+    assert re.fullmatch(r"declip_shards \d+\.\d+\.\d+(, \w+ \d+\.\d+\.\d+)+", step.code_version)
 
 
 @pytest.mark.parametrize("name", sorted(recipes.RECIPES))
@@ -176,3 +176,21 @@ def test_another_table_in_the_demo_counts_by_its_content_too(tmp_path):
 def test_an_unknown_recipe_gets_the_nearest_name():
     with pytest.raises(DeclipError, match=r"no recipe 'pars'\. Did you mean 'pairs'"):
         recipes.build("pars", "x")
+
+
+def test_a_name_set_once_reaches_the_steps_that_read_what_it_names():
+    overrides = [("--filter.name", "strict"), ("--neighbors.name", "near"), ("--embed.name", "t")]
+    settings = {
+        step.name: manifest.settings_of(step.stage, hashed_only=False)
+        for step in apply_overrides(recipes.build("demo", "somewhere"), overrides).steps
+    }
+    assert [settings[s]["selection"] for s in ("embed", "train", "report")] == ["strict"] * 3
+    assert [settings[s]["neighbors"] for s in ("train", "report")] == ["near"] * 2
+    assert settings["index"]["embeddings"] == "t"
+
+
+def test_our_own_checkpoint_is_an_encoder_by_its_name():
+    overrides = [("--embed.encoder", "checkpoint:train/export"), ("--embed.images", "true")]
+    pipeline = apply_overrides(recipes.build("demo", "somewhere"), overrides)
+    stage = manifest.settings_of(pipeline.step("embed").stage, hashed_only=False)
+    assert stage["encoder_factory"] == "pipelines.encoders:checkpoint_encoder"

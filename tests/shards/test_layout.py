@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from declip_shards import layout
+from declip_shards.manifest import canonical_json
 from declip_shards.fakes import write_fake_dataset
 
 
@@ -25,4 +26,11 @@ def test_an_index_beyond_the_shard_is_refused():
 def test_only_complete_shards_are_listed(tmp_path):
     store = write_fake_dataset(str(tmp_path), num_shards=3, samples_per_shard=2)
     store.remove(layout.shard_stats_path("00001"))
+    assert layout.list_shards(store) == ["00000", "00002"]
+
+
+def test_a_shard_that_ingest_does_not_list_is_none_of_the_dataset(tmp_path):
+    store = write_fake_dataset(str(tmp_path), num_shards=3, samples_per_shard=2)
+    files = [{"path": layout.tar_path(shard)} for shard in ("00000", "00002")]
+    store.write_bytes(layout.manifest_path("ingest"), canonical_json({"files": files}))
     assert layout.list_shards(store) == ["00000", "00002"]

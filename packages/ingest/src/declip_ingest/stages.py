@@ -93,7 +93,7 @@ class DownloadShards:
     """A body slower than this after two seconds counts as a timeout; 0 is no limit."""
     allow_addresses: tuple[str, ...] = ()
     """host:port that may be reached though not public or of another port than 80 and 443."""
-    user_agent_contact: str = ""
+    user_agent_contact: str = field(default="", metadata=NOT_HASHED)
     """Your e-mail address or URL, told to every web server in the User-Agent header."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that forbid a picture's use."""

@@ -1,5 +1,7 @@
 """Where things lie in a dataset folder (design.md section 3). Pure names, no input or output."""
 
+import json
+
 from declip_shards.store import Store
 
 SHARD_DIGITS = 5
@@ -65,6 +67,16 @@ def receipt_path(step: str, task: str) -> str:
 
 
 def list_shards(store: Store) -> list[str]:
-    """Shards that are complete: their stats file, which comes last, is there."""
+    """Shards that are complete: their stats file, which comes last, is there.
+
+    Where ingest has finished, its manifest decides: a shard that a killed run of other settings
+    left behind is none of the dataset's.
+    """
     tail = "_stats.json"
-    return [name[: -len(tail)] for name in store.list("shards", tail)]
+    found = [name[: -len(tail)] for name in store.list("shards", tail)]
+    try:
+        content = json.loads(store.read_bytes(manifest_path("ingest")))
+        listed = {record["path"] for record in content["files"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return found
+    return [shard for shard in found if tar_path(shard) in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import sys
@@ -9,10 +10,12 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
+import declip_train
+from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
 from declip_shards.store import Store, atomic_write
 from declip_train.augment import IMAGE_MEAN, IMAGE_STD
@@ -23,7 +26,8 @@ from declip_train.loader import BatchLoader
 from declip_train.monitor import Monitor
 from declip_train.samples import TrainingSamples, load_samples
 from declip_train.settings import TrainSettings
-from declip_train.supervision import StopSwitch
+from declip_train.supervision import GRACE_SECONDS, StopSwitch
+from declip_train.wordnet import WordNet
 
 FOLDER = "train"
 EXPORT = f"{FOLDER}/export"
@@ -41,8 +45,11 @@ def run_identity(settings: TrainSettings, samples: TrainingSamples) -> dict[str,
     return {
         "settings": settings.digest(),
         "samples": samples.digest(),
+        "wordnet": WordNet(settings.wordnet).digest() if settings.wordnet else "",
         "world_size": dist.get_world_size(),
-        "versions": f"torch {version('torch')}, deepspeed {version('deepspeed')}",
+        "backend": str(dist.get_backend()),
+        "versions": f"declip_train {declip_train.__version__}, torch {version('torch')}, "
+        f"deepspeed {version('deepspeed')}",
     }
 
 
@@ -61,11 +68,40 @@ class Run:
     checkpoints: Checkpoints
     identity: dict[str, Any]
     """What its result depends on."""
+    lock: BinaryIO | None
+    """Open as long as the run lasts (process 0)."""
+
+
+def hold_folder(folder: Path) -> BinaryIO | None:
+    """Keep other runs out of ``folder`` until this process ends; process 0 alone holds the lock.
+
+    A run that was killed a moment ago may still be writing its last checkpoint: it gets the time
+    that it takes to notice and stop. The lock is the kernel's, and goes with its process.
+
+    Raises:
+        DeclipError: another run is still there after that.
+    """
+    if dist.get_rank():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("ab")
+    deadline = time.monotonic() + 2 * GRACE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeclipError(
+                    f"another training run is writing to {str(folder)!r}; wait for it or stop it."
+                ) from None
+            time.sleep(0.2)
 
 
 def prepare(settings: TrainSettings) -> Run:
     """Read the samples, build the model, open the folder of checkpoints."""
     folder = Store(settings.root).local_path(FOLDER)
+    lock = hold_folder(folder)
     samples = load_samples(
         settings.root,
         selection=settings.selection,
@@ -86,6 +122,7 @@ def prepare(settings: TrainSettings) -> Run:
         engine=TrainEngine(settings, loader.num_steps),
         checkpoints=checkpoints,
         identity=identity,
+        lock=lock,
     )
 
 
