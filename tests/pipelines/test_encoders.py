@@ -12,7 +12,8 @@ from declip_train.export import PreprocessSettings, export_open_clip
 from declip_train.model_config import get_model_config
 from declip_train.tokenizer import CaptionTokenizer
 from declip_train.towers import CLIP
-from pipelines.encoders import FACTORY, CheckpointEncoder, checkpoint_encoder
+from pipelines.encoders import CheckpointEncoder, checkpoint_encoder
+from pipelines.evaluate import FACTORY
 
 TEXTS = ["a red circle", "a much longer caption of a blue square, seen at night", "x"]
 

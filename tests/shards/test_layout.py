@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from declip_shards import layout
-from declip_shards.manifest import canonical_json
 from declip_shards.fakes import write_fake_dataset
+from declip_shards.manifest import canonical_json
 
 
 @given(st.integers(0, 99999), st.integers(1, 10000), st.data())
