@@ -56,6 +56,20 @@ def addresses(guarded: AddressGuard, host: str, port: int):
         return guarded.addresses(host, port)
 
 
+@pytest.mark.parametrize("host", ["1.1.1.1", "2606:4700::1111", "[2606:4700::1111]"])
+def test_an_address_is_not_looked_up(monkeypatch, host):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the resolver"))
+    [(family, sockaddr)] = addresses(AddressGuard(), host, 443)
+    assert sockaddr[:2] == (host.strip("[]"), 443)
+    assert family == (socket.AF_INET if "." in host else socket.AF_INET6)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "169.254.169.254", "[::ffff:10.0.0.1]"])
+def test_an_address_that_needs_no_lookup_is_vetted_all_the_same(host):
+    with pytest.raises(FetchError, match="forbidden_address"):
+        addresses(AddressGuard(), host, 80)
+
+
 @pytest.fixture
 def resolver(monkeypatch):
     """Names resolve as told: the one thing a loopback test cannot ask the real resolver for."""

@@ -25,7 +25,8 @@ TINY: dict[str, object] = {
     "prepare.image-size": 32,
     "ingest.image-size": 32,
     "ingest.shard-size": 60,
-    "ingest.timeout-seconds": 1.0,
+    # Hanging rows cost this much, and a busy machine must not make others hang.
+    "ingest.timeout-seconds": 4.0,
     "ingest.retries": 0,
     "filter.min-side-pixels": 16,
     "embed.batch-size": 32,

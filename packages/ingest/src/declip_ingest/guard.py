@@ -134,6 +134,21 @@ def parse_allowed(allow_addresses: Sequence[str]) -> frozenset[tuple[str, int]]:
     return frozenset(allowed)
 
 
+def literal_address(host: str, port: int) -> Sequence[tuple[socket.AddressFamily, Any]]:
+    """What ``host`` is if it is an IP address and no name; empty for a name.
+
+    There is nothing to look up then: no thread, and no failure of a name service.
+    """
+    try:
+        ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return []
+    if isinstance(ip, ipaddress.IPv4Address):
+        return [(socket.AF_INET, (str(ip), port))]
+    # A scope names one of our own interfaces, by number or by name: the resolver's business.
+    return [] if ip.scope_id else [(socket.AF_INET6, (str(ip), port, 0, 0))]
+
+
 class AddressGuard:
     """Resolves names and lets through only what may be reached.
 
@@ -159,6 +174,18 @@ class AddressGuard:
         Raises:
             FetchError: ``dns_failure``, ``forbidden_address``, ``forbidden_port``, ``bad_url``.
         """
+        answers = literal_address(host, port) or self._resolve(host, port)
+        if (host.lower(), port) not in self.allowed:
+            # All of them, not just the first: a name with one public and one private address is
+            # how a check of "the" address is gone around.
+            if not all(is_public(str(sockaddr[0])) for _, sockaddr in answers):
+                raise FetchError("forbidden_address")
+            if port not in DEFAULT_PORTS:
+                raise FetchError("forbidden_port")
+        return answers[:MAX_ADDRESSES_TRIED]
+
+    def _resolve(self, host: str, port: int) -> Sequence[tuple[socket.AddressFamily, Any]]:
+        """Ask the system's resolver, for as long as the deadline allows."""
         future = self._resolver.submit(
             socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
         )
@@ -169,14 +196,7 @@ class AddressGuard:
             raise FetchError("dns_failure") from error
         except (UnicodeError, ValueError, OverflowError) as error:
             raise FetchError("bad_url", "host") from error
-        if (host.lower(), port) not in self.allowed:
-            # All of them, not just the first: a name with one public and one private address is
-            # how a check of "the" address is gone around.
-            if not all(is_public(str(sockaddr[0])) for *_, sockaddr in answers):
-                raise FetchError("forbidden_address")
-            if port not in DEFAULT_PORTS:
-                raise FetchError("forbidden_port")
-        return [(family, sockaddr) for family, _, _, _, sockaddr in answers][:MAX_ADDRESSES_TRIED]
+        return [(family, sockaddr) for family, _, _, _, sockaddr in answers]
 
     def connect(self, host: str, port: int) -> socket.socket:
         """A connected socket to a vetted address of ``host``; the last address's error if none."""
