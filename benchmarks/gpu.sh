@@ -1,18 +1,35 @@
 #!/usr/bin/env bash
 # Every GPU check, in under ten minutes, on one machine with a GPU: bash benchmarks/gpu.sh [OUT]
-set -euo pipefail
+# Needs torch with CUDA and triton, our package's dependencies, and open_clip_torch (--no-deps).
+# A check that fails does not keep the others from running; the status is that of the worst.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 for p in shards ingest filter train eval; do export PYTHONPATH=packages/$p/src:${PYTHONPATH:-}; done
 mkdir -p "$out"
-file="$out/gpu-$(date +%F).txt"
+name="gpu-$(date -u +%F)"
+status=0
+check() { # a title, a limit in seconds, and a command
+  local title=$1 limit=$2
+  shift 2
+  echo "== $title"
+  timeout "$limit" "$@" || { echo "-- $title: status $?"; status=1; }
+}
 {
   date -u +%FT%TZ
   git rev-parse HEAD 2>/dev/null || true
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   "$python" -c 'import torch; print("torch", torch.__version__)'
-  for precision in fp32 amp_bf16; do
-    "$python" benchmarks/step.py --model ViT-B-32 --batch 512 --device cuda --precision "$precision"
-  done
-} 2>&1 | tee "$file"
+  check "parity" 120 "$python" benchmarks/parity.py --device cuda --json "$out/$name-parity.json"
+  check "kernels" 90 "$python" -m pytest -q -p no:cacheprovider tests/train/test_tokenwise_triton.py
+  check "losses" 150 "$python" benchmarks/losses.py --device cuda --json "$out/$name-losses.json"
+  check "step, fp32" 60 "$python" benchmarks/step.py --device cuda --batch 256 --rounds 5
+  check "step, bf16" 60 "$python" benchmarks/step.py --device cuda --batch 1024 --rounds 10 \
+    --precision amp_bf16 --methods clip slip filip declip defilip --json "$out/$name-step.json"
+  check "step, bf16, compiled" 150 "$python" benchmarks/step.py --device cuda --batch 1024 \
+    --rounds 10 --precision amp_bf16 --compile --json "$out/$name-step-compiled.json"
+  check "DeepSpeed" 90 "$python" benchmarks/deepspeed_overhead.py --ranks 1 --model ViT-B-32
+  exit "$status"
+} 2>&1 | tee "$out/$name.txt"
+exit "${PIPESTATUS[0]}"

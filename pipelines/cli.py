@@ -14,12 +14,14 @@ from pipelines.options import (
     apply_overrides,
     kind_name,
     options_of,
+    parse_value,
     split_overrides,
     take_overrides,
 )
 from pipelines.pipeline import Pipeline
 from pipelines.runner import RUNNERS, check_location, read_run_record, run_pipeline
 from pipelines.states import pipeline_states
+from pipelines.wiring import allow_missing_table
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 COMMANDS = ("run", "status")
@@ -63,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="|".join(RUNNERS),
         default="ray",
         help="where tasks run: ray (a cluster, or this machine's cores), or local, in this process",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show settings, sizes, FLOPs, memory and schedule; start and write nothing",
+    )
+    run.add_argument(
+        "--num-samples",
+        metavar="N",
+        help="samples to plan the schedule for, with --dry-run (else: the selection's, if there)",
     )
     return parser
 
@@ -119,14 +131,44 @@ def _show_log_lines() -> None:
         logger.setLevel(logging.INFO)
 
 
+def _num_samples(arguments: argparse.Namespace) -> int | None:
+    """What --num-samples says, which means something for --dry-run alone."""
+    if arguments.num_samples is None:
+        return None
+    if not arguments.dry_run:
+        raise DeclipError(
+            f"--num-samples {arguments.num_samples} plans a run that --dry-run shows; add that, or "
+            "leave it out: a run counts its samples itself."
+        )
+    number: int = parse_value(arguments.num_samples, int, "--num-samples")
+    if number < 1:
+        raise DeclipError(f"--num-samples is {number}; it must be at least 1.")
+    return number
+
+
 def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
     root = os.path.join("runs", arguments.recipe) if arguments.out is None else arguments.out
     check_location(root)
-    pipeline = apply_overrides(recipes.build(arguments.recipe, root), overrides)
+    pipeline = recipes.build(arguments.recipe, root)
+    is_dry = arguments.command == "run" and arguments.dry_run
+    if is_dry:
+        pipeline = allow_missing_table(pipeline)
+    pipeline = apply_overrides(pipeline, overrides)
     if arguments.command == "status":
         _print_status(pipeline)
         return
+    num_samples = _num_samples(arguments)
     steps = pipeline.choose(only=arguments.only, first=arguments.first, until=arguments.until)
+    if is_dry:
+        if arguments.runner not in RUNNERS:
+            raise DeclipError(
+                f"--runner is {arguments.runner!r}.{did_you_mean(arguments.runner, RUNNERS)}"
+            )
+        # Nobody else needs it.
+        from pipelines.dry_run import dry_run_text
+
+        print(dry_run_text(pipeline, steps, num_samples=num_samples))
+        return
     reports = run_pipeline(pipeline, steps, runner=arguments.runner)
     if all(report.skipped for report in reports):
         print("Nothing has changed: nothing was run.")

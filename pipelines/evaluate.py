@@ -6,7 +6,7 @@ print a help line or to find that nothing has changed, and should not wait secon
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,21 @@ import pyarrow as pa
 
 from declip_eval.intervals import metric_intervals
 from declip_eval.linear_probe import CLIP_L2_STRENGTHS, linear_probe
-from declip_eval.ranking import top_matches
 from declip_eval.results import EvalResult, Provenance, format_results_table, write_result
-from declip_eval.retrieval import chance_retrieval, group_captions, retrieval
+from declip_eval.retrieval import chance_retrieval, group_captions
 from declip_eval.templates import get_templates
-from declip_eval.zeroshot import build_classifier, chance_classification, zeroshot_classification
+from declip_eval.zeroshot import chance_classification
 from declip_filter.embeddings import EmbedPairs, read_part, read_vectors
 from declip_filter.selection import selected_keys
-from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
+from declip_shards import DeclipError, Store, TaskStats, layout, manifest, sidecars
 from pipelines.progress import Progress
+from pipelines.scoring import (
+    GlobalScoring,
+    Scoring,
+    TokenwiseScoring,
+    choose_scoring,
+    picture_batches,
+)
 
 if TYPE_CHECKING:
     from pipelines.encoders import CheckpointEncoder
@@ -39,12 +45,13 @@ class HeldOut:
     """One row per downloaded sample, in the order of keys, with its features."""
 
     keys: list[str]
+    shards: list[str]
     captions: list[str]
     labels: list[str]
     categories: list[str]
     splits: list[str]
-    images: npt.NDArray[np.float32]
-    """(n, dim), unit length."""
+    images: npt.NDArray[np.float32] | None
+    """(n, dim), unit length; None for a model without global embeddings."""
 
     def rows(self, splits: Sequence[str]) -> npt.NDArray[np.int64]:
         """Rows whose split is one of ``splits``."""
@@ -77,6 +84,9 @@ class EvaluateModel:
     """Split that the linear probe is tested on."""
     probe_l2_strengths: tuple[float, ...] = CLIP_L2_STRENGTHS
     """L2 strengths that the probe chooses from on its validation split."""
+    scoring: Literal["auto", "global", "token-wise"] = "auto"
+    """How images and texts are compared: global (cosine of embeddings), token-wise (FILIP's late
+    interaction) or auto, which is token-wise for filip and global for all other methods."""
     templates: str = "simple"
     """Prompt templates: simple, photo, openai_7 or name_only."""
     max_classes: int = 500
@@ -119,20 +129,22 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
     from pipelines.encoders import checkpoint_encoder
 
     store = Store(stage.root)
-    files = embed_everything(stage)
-    data = read_held_out(store, stage.embeddings)
-    refuse_trained_on(stage, store, data)
     encoder = checkpoint_encoder(stage.export, root=stage.root, device="cpu")
+    by_tokens = choose_scoring(stage.scoring, encoder) == TokenwiseScoring.name
+    files = [] if by_tokens else embed_everything(stage)
+    data = read_held_out(store, None if by_tokens else stage.embeddings)
+    refuse_trained_on(stage, store, data)
+    scoring = make_scoring(stage, store, data, encoder)
     results: list[EvalResult] = []
     predictions: list[dict[str, Any]] = []
     retrieved: list[dict[str, Any]] = []
     for split in stage.zeroshot_splits:
-        result, rows = zeroshot_task(stage, data, encoder, split)
+        result, rows = zeroshot_task(stage, data, scoring, split)
         results.append(result)
         predictions += rows
     results.append(probe_task(stage, store, data, encoder))
     for split in stage.retrieval_splits:
-        result, rows = retrieval_task(stage, data, encoder, split)
+        result, rows = retrieval_task(stage, data, scoring, split)
         results.append(result)
         retrieved += rows
     folder = store.local_path("eval")
@@ -154,6 +166,15 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
         files=sorted(set(files)),
         extra={f"{r.dataset} {r.task}": dict(r.metrics) for r in results},
     )
+
+
+def make_scoring(
+    stage: EvaluateModel, store: Store, data: HeldOut, encoder: "CheckpointEncoder"
+) -> Scoring:
+    """By global embeddings where the data has them, else token by token."""
+    if data.images is not None:
+        return GlobalScoring(encoder, data.images)
+    return TokenwiseScoring(encoder, store, data.keys, data.shards, stage.batch_size)
 
 
 def embed_everything(stage: EvaluateModel) -> list[str]:
@@ -207,34 +228,42 @@ def refuse_trained_on(stage: EvaluateModel, store: Store, data: HeldOut) -> None
         )
 
 
-def read_held_out(store: Store, embeddings: str) -> HeldOut:
+def read_held_out(store: Store, embeddings: str | None) -> HeldOut:
     """Rows of all shards joined to their image features by key.
+
+    Args:
+        store: the dataset.
+        embeddings: name of the model's own embeddings; None: rows alone.
 
     Raises:
         DeclipError: the shards lack the columns ``label``, ``category`` or ``split``.
     """
     rows: list[Mapping[str, Any]] = []
+    shards: list[str] = []
     images = []
     for shard in layout.list_shards(store):
         table = sidecars.read_rows(store, layout.shard_parquet_path(shard), ROW_COLUMNS)
         by_key = {row["key"]: row for row in table if row["status"] == "success"}
-        vectors, keys = read_vectors(
-            store, embeddings, "img_emb", read_part(store, embeddings, shard)
-        )
-        if sorted(by_key) != keys:
-            raise DeclipError(
-                f"embeddings {embeddings!r} of shard {shard} are not of its samples; "
-                "rerun eval after ingest."
-            )
+        keys = sorted(by_key)
+        if embeddings is not None:
+            part = read_part(store, embeddings, shard)
+            vectors, found = read_vectors(store, embeddings, "img_emb", part)
+            if found != keys:
+                raise DeclipError(
+                    f"embeddings {embeddings!r} of shard {shard} are not of its samples; "
+                    "rerun eval after ingest."
+                )
+            images.append(vectors.astype(np.float32))
         rows += [by_key[key] for key in keys]
-        images.append(vectors.astype(np.float32))
+        shards += [shard] * len(keys)
     return HeldOut(
         keys=[str(row["key"]) for row in rows],
+        shards=shards,
         captions=[str(row["caption"]) for row in rows],
         labels=[str(row["label"] or "") for row in rows],
         categories=[str(row["category"] or "") for row in rows],
         splits=[str(row["split"] or "") for row in rows],
-        images=np.concatenate(images),
+        images=None if embeddings is None else np.concatenate(images),
     )
 
 
@@ -258,7 +287,7 @@ def _split_rows(data: HeldOut, split: str) -> npt.NDArray[np.int64]:
 
 
 def zeroshot_task(
-    stage: EvaluateModel, data: HeldOut, encoder: "CheckpointEncoder", split: str
+    stage: EvaluateModel, data: HeldOut, scoring: Scoring, split: str
 ) -> tuple[EvalResult, list[dict[str, Any]]]:
     """Classify a split's images among the split's own labels."""
     rows = [i for i in _split_rows(data, split) if data.labels[i]]
@@ -266,9 +295,9 @@ def zeroshot_task(
     index_of = {name: index for index, name in enumerate(classes)}
     rows = [i for i in rows if data.labels[i] in index_of]
     labels = np.array([index_of[data.labels[i]] for i in rows])
-    classifier = build_classifier(encoder.encode_text, classes, get_templates(stage.templates))
-    scores = zeroshot_classification(data.images[rows], classifier, labels)
-    best, cosines = top_matches(data.images[rows], classifier.T, min(TOP_K, len(classes)))
+    metrics, best, scores = scoring.classify(
+        rows, labels, classes, get_templates(stage.templates), min(TOP_K, len(classes))
+    )
     predictions = [
         {
             "split": split,
@@ -276,47 +305,47 @@ def zeroshot_task(
             "label": data.labels[i],
             "category": data.categories[i],
             "predicted": [classes[j] for j in best[n]],
-            "scores": [float(c) for c in cosines[n]],
+            "scores": [float(s) for s in scores[n]],
         }
         for n, i in enumerate(rows)
     ]
-    chance = {k: v for k, v in chance_classification(len(classes)).items() if k in scores.metrics}
+    chance = {k: v for k, v in chance_classification(len(classes)).items() if k in metrics}
     result = EvalResult(
         dataset=f"{stage.dataset}/{split}",
         model=stage.model,
         pretrained=stage.pretrained,
         task="zeroshot_classification",
-        metrics=scores.metrics,
+        metrics=metrics,
         provenance=Provenance(
             num_samples=len(rows),
             num_classes=len(classes),
             chance=chance,
-            intervals=metric_intervals(scores.metrics, len(rows)),
+            intervals=metric_intervals(metrics, len(rows)),
             templates=stage.templates,
-            settings={"seed": stage.seed},
+            settings={"seed": stage.seed, "scoring": scoring.name},
         ),
     )
     return result, predictions
 
 
 def retrieval_task(
-    stage: EvaluateModel, data: HeldOut, encoder: "CheckpointEncoder", split: str
+    stage: EvaluateModel, data: HeldOut, scoring: Scoring, split: str
 ) -> tuple[EvalResult, list[dict[str, Any]]]:
     """Find a split's images by their captions, and the captions by the images."""
     rows = _sample(list(_split_rows(data, split)), stage.max_retrieval_samples, stage.seed)
     texts, positives = group_captions([data.captions[i] for i in rows])
-    text_features = encoder.encode_text(texts)
     recall_k = [k for k in (1, 5, 10) if k <= min(len(texts), len(rows))]
-    metrics = retrieval(data.images[rows], text_features, positives, recall_k=recall_k)
+    metrics, best, scores = scoring.retrieve(
+        rows, texts, positives, recall_k, min(TOP_K, len(rows))
+    )
     trials = {name: len(texts) if name.startswith("image") else len(rows) for name in metrics}
-    best, cosines = top_matches(text_features, data.images[rows], min(TOP_K, len(rows)))
     answers = [
         {
             "split": split,
             "caption": text,
             "keys": [data.keys[rows[j]] for j in best[n]],
             "right": [n in positives[j] for j in best[n]],
-            "scores": [float(c) for c in cosines[n]],
+            "scores": [float(s) for s in scores[n]],
         }
         for n, text in enumerate(texts)
     ]
@@ -331,7 +360,11 @@ def retrieval_task(
             num_trials=trials,
             chance=chance_retrieval(positives, len(texts), recall_k=recall_k),
             intervals=metric_intervals(metrics, trials),
-            settings={"seed": stage.seed, "num_captions": len(texts)},
+            settings={
+                "seed": stage.seed,
+                "num_captions": len(texts),
+                "scoring": scoring.name,
+            },
         ),
     )
     return result, answers
@@ -351,7 +384,7 @@ def probe_task(
         )
     index_of = {name: index for index, name in enumerate(names)}
     chosen = [i for i in (*train, *test) if data.categories[i] in index_of]
-    features = unprojected(stage, store, encoder, {data.keys[i] for i in chosen})
+    features = frozen_features(stage, store, encoder, {data.keys[i] for i in chosen})
     test_rows = set(test)
     parts: dict[bool, tuple[list[npt.NDArray[np.float32]], list[int]]] = {
         True: ([], []),
@@ -384,25 +417,27 @@ def probe_task(
             chance={k: v for k, v in chance.items() if k in metrics},
             intervals=metric_intervals(metrics, num_test),
             settings={k: v for k, v in fitted.items() if not k.startswith("lp_")}
-            | {"seed": stage.seed, "num_train": len(parts[False][1])},
+            | {
+                "seed": stage.seed,
+                "num_train": len(parts[False][1]),
+                "features": encoder.probe_features,
+            },
         ),
     )
 
 
-def unprojected(
+def frozen_features(
     stage: EvaluateModel, store: Store, encoder: "CheckpointEncoder", keys: set[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Features before the projection of the samples in ``keys``."""
+    """What the probe reads of the samples in ``keys``."""
     features: dict[str, npt.NDArray[np.float32]] = {}
     shards = layout.list_shards(store)
     with Progress("eval: probe features", len(shards)) as bar:
         for shard in shards:
-            samples = [s for s in read_samples(store, shard) if s.key in keys]
-            for start in range(0, len(samples), stage.batch_size):
-                batch = samples[start : start + stage.batch_size]
-                _, pooled = encoder.encode_image_both([s.image for s in batch])
-                features |= {s.key: row for s, row in zip(batch, pooled, strict=True)}
-            bar.advance(len(samples))
+            before = len(features)
+            for found, images in picture_batches(store, shard, keys, stage.batch_size):
+                features |= dict(zip(found, encoder.encode_probe(images), strict=True))
+            bar.advance(len(features) - before)
     return features
 
 

@@ -2,18 +2,28 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from declip_shards import DeclipError
 from declip_shards.errors import did_you_mean
 from pipelines.pipeline import Pipeline
 
-OWN_FLAGS = ("--out", "--only", "--from", "--until", "--runner", "--help")
+OWN_FLAGS = (
+    "--out",
+    "--only",
+    "--from",
+    "--until",
+    "--runner",
+    "--dry-run",
+    "--num-samples",
+    "--help",
+)
 """Flags of the command itself, offered as well for a misspelt one."""
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -34,7 +44,8 @@ class Option:
     """One line: meaning and unit."""
 
 
-def field_docs(kind: type) -> dict[str, str]:
+@functools.cache
+def field_docs(kind: type) -> Mapping[str, str]:
     """Docstring literals under the fields of a dataclass and its bases: name -> first line."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -154,17 +165,31 @@ def split_overrides(arguments: Iterable[str]) -> list[tuple[str, str]]:
         if not equals:
             following = next(rest, None)
             if following is None or following.startswith("--"):
+                if "." not in flag:
+                    near = did_you_mean(flag, OWN_FLAGS).split(" Known:")[0]
+                    raise DeclipError(
+                        f"there is no option {flag}.{near} Settings look like --stage.field VALUE."
+                    )
                 raise DeclipError(f"{flag} needs a value: {flag} VALUE.")
             value = following
         pairs.append((flag, value))
     return pairs
 
 
-def apply_overrides(pipeline: Pipeline, overrides: Sequence[tuple[str, str]]) -> Pipeline:
+def apply_overrides(
+    pipeline: Pipeline, overrides: Sequence[tuple[str, str]], *, refuse_unread: bool = True
+) -> Pipeline:
     """The pipeline with the named settings changed.
 
+    Args:
+        pipeline: a recipe's.
+        overrides: pairs of a flag and its text.
+        refuse_unread: whether a setting that would change nothing is a fault; not where the same
+            overrides go to pipelines of several kinds.
+
     Raises:
-        DeclipError: unknown flag (the nearest is offered), or a value that a stage refuses.
+        DeclipError: unknown flag (the nearest is offered), a value that a stage refuses, or a
+            setting that nothing reads.
     """
     known = {option.flag: option for option in options_of(pipeline)}
     changes: dict[str, dict[str, Any]] = {}
@@ -184,4 +209,20 @@ def apply_overrides(pipeline: Pipeline, overrides: Sequence[tuple[str, str]]) ->
         for step in pipeline.steps
     ]
     changed = dataclasses.replace(pipeline, steps=steps)
-    return changed.derive(changed) if changed.derive else changed
+    changed = changed.derive(changed) if changed.derive else changed
+    if refuse_unread:
+        _refuse_unread(changed, changes)
+    return changed
+
+
+def _refuse_unread(pipeline: Pipeline, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """A stage may tell which of its settings nothing reads, given the others: who asks for one of
+    those should know. What a recipe sets is left alone."""
+    for step in pipeline.steps:
+        unread: Mapping[str, str] = getattr(step.stage, "unread", dict)()
+        for field in changes.get(step.name, {}):
+            if field in unread:
+                raise DeclipError(
+                    f"--{step.name}.{field.replace('_', '-')} would change nothing: it is read by "
+                    f"{unread[field]} alone; leave it out, or choose that."
+                )

@@ -2,76 +2,21 @@
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
-from declip_filter import (
-    BuildIndex,
-    BuildNeighbors,
-    EmbedPairs,
-    Encoder,
-    FilterPairs,
-    MeasureImages,
-    register_encoder,
-)
+from declip_filter import Encoder, register_encoder
 from declip_ingest.stages import DownloadShards
-from declip_ingest.table import table_digest
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from declip_train.stages import TrainModel
 from pipelines.demo_server import DemoServer
-from pipelines.evaluate import FACTORY, EvaluateModel
+from pipelines.evaluate import EvaluateModel
 from pipelines.pipeline import Pipeline, Step
 from pipelines.prepare import FOLDER, PrepareDemo
 from pipelines.report import WriteReport
-
-
-def _read_steps(root: str, ingest: DownloadShards, **filters: Any) -> list[Step]:
-    """From a URL table to a neighbor table; every step may run on a cluster."""
-    return [
-        Step(
-            name="ingest",
-            stage=ingest,
-            on_ray=True,
-            summary="download and shard the pairs of the URL table",
-        ),
-        Step(
-            name="measure",
-            stage=MeasureImages(root=root),
-            reads=("ingest",),
-            on_ray=True,
-            summary="measure every picture and caption",
-        ),
-        Step(
-            name="filter",
-            stage=FilterPairs(root=root, **filters),
-            reads=("measure",),
-            on_ray=True,
-            summary="keep or drop, with a named reason",
-        ),
-        Step(
-            name="embed",
-            stage=EmbedPairs(root=root),
-            reads=("ingest", "filter"),
-            on_ray=True,
-            summary="embed the kept captions",
-        ),
-        Step(
-            name="index",
-            stage=BuildIndex(root=root),
-            reads=("embed",),
-            on_ray=True,
-            summary="build the FAISS index and measure its recall",
-        ),
-        Step(
-            name="neighbors",
-            stage=BuildNeighbors(root=root),
-            reads=("embed", "index"),
-            on_ray=True,
-            summary="look up each pair's nearest other captions",
-        ),
-    ]
+from pipelines.training_recipes import TRAINING_RECIPES
+from pipelines.wiring import carry_names, derive_pairs, pin_table, read_steps
 
 
 def demo(root: str) -> Pipeline:
@@ -89,7 +34,7 @@ def demo(root: str) -> Pipeline:
             stage=PrepareDemo(root=root),
             summary="fetch packages, draw pictures, write the URL table",
         ),
-        *_read_steps(
+        *read_steps(
             root,
             DownloadShards(root=root, image_size=64, timeout_seconds=3.0),
             min_words=1,
@@ -135,38 +80,6 @@ DEMO_TRAINING: dict[str, Any] = {
 """What the demo's training changes; everything else is DeCLIP's published recipe."""
 
 
-NAMES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("measure", "name", (("filter", "signals"),)),
-    ("filter", "name", (("embed", "selection"), ("train", "selection"), ("report", "selection"))),
-    ("embed", "name", (("index", "embeddings"),)),
-    ("index", "name", (("neighbors", "index"),)),
-    ("neighbors", "name", (("train", "neighbors"), ("report", "neighbors"))),
-    ("train", "model", (("eval", "model"),)),
-)
-"""Where a name is set, and the settings of later steps that must be the same."""
-
-
-def carry_names(pipeline: Pipeline) -> Pipeline:
-    """Let a name that is set once reach the steps that read what it names.
-
-    A setting that the user gave another value than its own default is left as it is.
-    """
-    stages: dict[str, Any] = {step.name: step.stage for step in pipeline.steps}
-    for source, setting, readers in NAMES:
-        for reader, field in readers:
-            if source not in stages or reader not in stages:
-                continue
-            stage, value = stages[reader], getattr(stages[source], setting)
-            if getattr(stage, field) == getattr(type(stage), field):
-                stages[reader] = dataclasses.replace(stage, **{field: value})
-    embed = stages["embed"]
-    if embed.encoder.startswith("checkpoint:") and not embed.encoder_factory:
-        # Worker processes know this kind by its dotted path alone.
-        stages["embed"] = dataclasses.replace(embed, encoder_factory=FACTORY)
-    steps = [dataclasses.replace(step, stage=stages[step.name]) for step in pipeline.steps]
-    return dataclasses.replace(pipeline, steps=steps)
-
-
 def _derive_demo(pipeline: Pipeline) -> Pipeline:
     """Let the port and all names, set once, reach the steps that must agree on them."""
     pipeline = carry_names(pipeline)
@@ -180,7 +93,7 @@ def _derive_demo(pipeline: Pipeline) -> Pipeline:
             allowed = stage.allow_addresses or (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
             stage = dataclasses.replace(stage, allow_addresses=allowed)
             if stage.table != DownloadShards.table:
-                stage = _pin_table(stage)  # not the one whose manifest this step reads
+                stage = pin_table(stage)  # not the one whose manifest this step reads
             step = dataclasses.replace(
                 step,
                 stage=stage,
@@ -201,7 +114,7 @@ def pairs(root: str) -> Pipeline:
     Expect: shards/, selection/, index/, neighbors/ and train/export/, which open_clip loads.
     """
     steps = [
-        *_read_steps(root, DownloadShards(root=root, table="pairs.parquet"), keep_splits=()),
+        *read_steps(root, DownloadShards(root=root, table="pairs.parquet"), keep_splits=()),
         Step(
             name="train",
             stage=TrainModel(root=root),
@@ -209,35 +122,7 @@ def pairs(root: str) -> Pipeline:
             summary="train under the deepspeed launcher",
         ),
     ]
-    return Pipeline(recipe="pairs", root=root, steps=steps, derive=_derive_pairs)
-
-
-def _derive_pairs(pipeline: Pipeline) -> Pipeline:
-    """Find the table from where the command is given, and let its content count, not its place."""
-    pipeline = carry_names(pipeline)
-    ingest: Any = pipeline.step("ingest").stage
-    if "://" not in ingest.table:
-        ingest = dataclasses.replace(ingest, table=os.path.abspath(ingest.table))
-        if not os.path.exists(ingest.table):
-            raise DeclipError(
-                f"table {ingest.table!r} does not exist; name yours with --ingest.table FILE."
-            )
-    pinned = _pin_table(ingest)
-    steps = [
-        dataclasses.replace(step, stage=pinned) if step.name == "ingest" else step
-        for step in pipeline.steps
-    ]
-    return dataclasses.replace(pipeline, steps=steps)
-
-
-def _pin_table(ingest: DownloadShards) -> DownloadShards:
-    """Put the table's digest into the fingerprint, so that another list is another run.
-
-    A digest that the user gives is left, and the stage refuses a table of another one.
-    """
-    if ingest.table_sha256:
-        return ingest
-    return dataclasses.replace(ingest, table_sha256=table_digest(ingest.table_location()))
+    return Pipeline(recipe="pairs", root=root, steps=steps, derive=derive_pairs)
 
 
 def _lazy_checkpoint_encoder(model: str, *, root: str, device: str) -> Encoder:
@@ -249,7 +134,11 @@ def _lazy_checkpoint_encoder(model: str, *, root: str, device: str) -> Encoder:
 
 register_encoder("checkpoint", _lazy_checkpoint_encoder)
 
-RECIPES: dict[str, Callable[[str], Pipeline]] = {"demo": demo, "pairs": pairs}
+RECIPES: dict[str, Callable[[str], Pipeline]] = {
+    "demo": demo,
+    "pairs": pairs,
+    **TRAINING_RECIPES,
+}
 """Every recipe by its name."""
 
 
@@ -272,7 +161,8 @@ def describe(name: str) -> str:
 
 def listing() -> str:
     """A line a recipe."""
-    return "\n".join(f"  {name:<10}{describe(name).splitlines()[0]}" for name in RECIPES)
+    width = max(map(len, RECIPES)) + 2
+    return "\n".join(f"  {name:<{width}}{describe(name).splitlines()[0]}" for name in RECIPES)
 
 
 def finish(pipeline: Pipeline) -> None:

@@ -339,7 +339,7 @@ def neighbors(stage: WriteReport, facts: Facts) -> Plan:
 
 
 def training_section(facts: Facts) -> html.Section:
-    from declip_train.losses import TERMS
+    from declip_train.methods import TERMS
 
     log = facts.log
     if not log:

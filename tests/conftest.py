@@ -9,6 +9,8 @@ import pytest
 # Modules that tests hand to other processes (stages for Ray, stand-ins) must be importable there.
 for folder in ("pipelines", "train"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+# Benchmarks are scripts; what they compute is tested.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
 LONG_MARKS = ("distributed", "ray", "slow")

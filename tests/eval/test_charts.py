@@ -123,6 +123,31 @@ def test_the_reference_line_stands_at_its_value():
     assert "chance 4" in markup
 
 
+@pytest.mark.parametrize("drawing", ["wide", "narrow"])
+def test_spreads_reach_as_far_to_both_sides_and_never_below_zero(drawing):
+    markup = bar_chart([("a", 10), ("b", 2), ("c", 1)], title="t", unit="u", spreads=[2, 4, 0])
+    (left, _, of_ten, _), *_ = bars(markup, drawing)
+    lines = re.findall(
+        r'class="spread" x1="([^"]*)" y1="([^"]*)" x2="([^"]*)" y2="([^"]*)"',
+        drawing_of(markup, drawing),
+    )
+    lines = [[float(number) for number in line] for line in lines]
+    ends = [(x1, x2) for x1, y1, x2, y2 in lines if y1 == y2]
+    unit = of_ten / 10
+    assert len(ends) == 2  # No line where the spread is 0.
+    assert len(lines) == 6
+    assert ends[0] == pytest.approx((left + 8 * unit, left + 12 * unit), abs=0.11)
+    assert ends[1] == pytest.approx((left, left + 6 * unit), abs=0.11)
+    assert "10 ± 2" in markup
+    assert bar_chart([("a", 1)], title="t", unit="u", spreads=[0]) != bar_chart(
+        [("a", 1)], title="t", unit="u"
+    )
+    with pytest.raises(ValueError, match="spreads has 1 values for 2 bars"):
+        bar_chart([("a", 1), ("b", 1)], title="t", unit="u", spreads=[1])
+    with pytest.raises(ValueError, match="The spread of 'a' is -1, but it is a distance"):
+        bar_chart([("a", 1)], title="t", unit="u", spreads=[-1])
+
+
 def test_bars_of_nothing_are_drawn():
     assert [width for _, _, width, _ in bars(bar_chart([("a", 0)], title="t", unit="u"))] == [0]
 

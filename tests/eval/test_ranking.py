@@ -13,6 +13,7 @@ from declip_eval.ranking import (
     rank_of_label,
     score_blocks,
     top_matches,
+    top_scores,
 )
 
 
@@ -92,3 +93,21 @@ def test_bad_features_and_labels_are_refused_in_a_sentence():
         check_labels(np.array([0, -1]), 2, "labels")
     with pytest.raises(ValueError, match="chunk_rows is 0, but a block holds at least 1 query"):
         list(score_blocks(np.zeros((2, 2)), np.zeros((2, 2)), 0))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, None])
+def test_top_scores_of_a_matrix_are_the_top_matches_of_its_features(chunk_rows):
+    rng = np.random.default_rng(4)
+    queries, gallery = rng.normal(size=(8, 5)), rng.normal(size=(20, 5))
+    full = normalize_rows(queries) @ normalize_rows(gallery).T
+    rows, scores = top_scores(full, 4, chunk_rows)
+    expected = top_matches(queries, gallery, 4)
+    assert np.array_equal(rows, expected[0])
+    assert np.allclose(scores, expected[1])
+    assert np.array_equal(top_scores(np.zeros((2, 3)), 3)[0], [[0, 1, 2]] * 2)
+    with pytest.raises(ValueError, match=r"num_matches is 21, but there are 20 candidates: ask"):
+        top_scores(full, 21)
+    with pytest.raises(ValueError, match=r"chunk_rows is 0"):
+        top_scores(full, 1, 0)
+    with pytest.raises(ValueError, match=r"scores has dtype"):
+        top_scores(np.array([["a"]]), 1)

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from declip_eval.intervals import wilson_interval
-from declip_eval.retrieval import chance_retrieval, group_captions, retrieval, retrieval_ranks
+from declip_eval.retrieval import (
+    chance_retrieval,
+    group_captions,
+    retrieval,
+    retrieval_from_scores,
+    retrieval_ranks,
+)
 
 
 def plain_recall(queries, gallery, positives, k):
@@ -173,3 +179,35 @@ def test_wrong_input_is_refused_in_a_sentence():
         retrieval(images, np.full_like(texts, np.nan), positives)
     with pytest.raises(ValueError, match="image_to_texts is empty"):
         chance_retrieval([], 0)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, None])
+def test_scores_of_features_give_what_the_features_give(chunk_rows):
+    images, texts, positives = random_problem()
+    images[::9] = 0  # Ties are ties in both.
+    expected = retrieval(images, texts, positives)
+    unit = [
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+        for rows in (images, texts)
+    ]
+    scores = (unit[0] @ unit[1].T).astype(np.float32)
+    assert retrieval_from_scores(scores, scores.T, positives, chunk_rows=chunk_rows) == expected
+
+
+def test_each_direction_is_ranked_by_its_own_scores():
+    right, wrong = np.eye(4), 1 - np.eye(4)
+    positives = [[row] for row in range(4)]
+    both = retrieval_from_scores(right, wrong, positives, recall_k=(1,))
+    assert both == {"image_retrieval_recall@1": 0.0, "text_retrieval_recall@1": 1.0}
+    both = retrieval_from_scores(wrong, right, positives, recall_k=(1,))
+    assert both == {"image_retrieval_recall@1": 1.0, "text_retrieval_recall@1": 0.0}
+
+
+def test_scores_that_do_not_fit_are_refused():
+    positives = [[0], [1]]
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and text_to_image \(2, 2\): the second"):
+        retrieval_from_scores(np.zeros((2, 3)), np.zeros((2, 2)), positives, recall_k=(1,))
+    with pytest.raises(ValueError, match=r"image_to_texts has 2 entries for 3 images"):
+        retrieval_from_scores(np.zeros((3, 2)), np.zeros((2, 3)), positives, recall_k=(1,))
+    with pytest.raises(ValueError, match=r"text_to_image has NaN"):
+        retrieval_from_scores(np.zeros((2, 2)), np.full((2, 2), np.nan), positives, recall_k=(1,))

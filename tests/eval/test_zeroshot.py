@@ -15,7 +15,9 @@ from declip_eval.zeroshot import (
     build_classifier,
     chance_classification,
     group_confusion,
+    prompt_ensemble_scores,
     zeroshot_classification,
+    zeroshot_from_scores,
 )
 
 DIM = 16
@@ -209,3 +211,98 @@ def test_wrong_input_is_refused_in_a_sentence():
         build_classifier(encode_text, ["a"], ["{}"], batch_size=0)
     with pytest.raises(ValueError, match="num_classes is 0"):
         chance_classification(0)
+
+
+def score_texts_of(images):
+    """Cosines of some images with any texts, which is one way to score them."""
+    unit = images / np.linalg.norm(images, axis=1, keepdims=True)
+
+    def score(texts):
+        features = encode_text(texts)
+        return unit @ (features / np.linalg.norm(features, axis=1, keepdims=True)).T
+
+    return score
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, None])
+def test_scores_of_a_classifier_give_what_the_classifier_gives(chunk_rows):
+    images, classifier, labels = random_problem()
+    images[::50] = 0  # Ties are ties in both.
+    expected = zeroshot_classification(images, classifier, labels)
+    lengths = np.linalg.norm(images, axis=1, keepdims=True)
+    scores = (images / np.where(lengths > 0, lengths, 1)) @ classifier
+    got = zeroshot_from_scores(scores.astype(np.float32), labels, chunk_rows=chunk_rows)
+    assert got.metrics == expected.metrics
+    assert np.array_equal(got.confusion, expected.confusion)
+
+
+@pytest.mark.parametrize("batch_size", [1, 14, 16, 10_000])
+def test_an_ensemble_of_scores_is_the_mean_over_a_classs_prompts(batch_size):
+    images = np.random.default_rng(0).normal(size=(5, DIM))
+    names = ["cat", "dog", "a {} b", "owl"]
+    score, calls = score_texts_of(images), []
+
+    def counting(prompts):
+        calls.append(prompts)
+        return score(prompts)
+
+    got = prompt_ensemble_scores(counting, names, OPENAI_7, batch_size=batch_size)
+    assert got.shape == (5, 4)
+    assert got.dtype == np.float32
+    for column, name in zip(got.T, names, strict=True):
+        each = [score([template.replace("{}", name)])[:, 0] for template in OPENAI_7]
+        assert np.allclose(column, sum(each) / len(OPENAI_7), atol=1e-6)
+    # No call holds more than is asked for, save a class's own templates.
+    assert max(map(len, calls)) <= max(batch_size, len(OPENAI_7))
+    assert sum(map(len, calls)) == len(names) * len(OPENAI_7)
+
+
+def test_similarities_are_averaged_and_not_embeddings():
+    # The mean of class 0's opposed prompts is nothing, and normalized again it would be anything;
+    # the mean of their similarities is 0, below class 1's.
+    of = {"a0": [1.0, 0.001], "b0": [-1.0, 0.001], "a1": [0.3, 0.9539], "b1": [0.3, 0.9539]}
+
+    def features(prompts):
+        return np.array([of[prompt] for prompt in prompts])
+
+    image = np.array([[0.0, 1.0], [1.0, 0.0]])
+    means = build_classifier(features, ["0", "1"], ["a{}", "b{}"])
+    assert zeroshot_classification(image, means, np.array([0, 1])).metrics["acc1"] == 1.0
+    scores = prompt_ensemble_scores(
+        lambda prompts: image @ features(prompts).T, ["0", "1"], ["a{}", "b{}"]
+    )
+    assert np.allclose(scores, [[0.001, 0.9539], [0.0, 0.3]])
+    assert zeroshot_from_scores(scores, np.array([0, 1])).metrics["acc1"] == 0.5
+
+
+def test_a_prompt_that_occurs_twice_is_scored_once_and_equal_names_tie():
+    images = np.random.default_rng(0).normal(size=(30, DIM))
+    score, calls = score_texts_of(images), []
+
+    def counting(prompts):
+        calls.append(prompts)
+        return score(prompts)
+
+    with pytest.warns(UserWarning, match="1 class names occur more than once"):
+        scores = prompt_ensemble_scores(counting, ["x", "x"], ["{}", "the {}"])
+    assert calls == [["x", "the x"]]
+    assert zeroshot_from_scores(scores, np.zeros(30, dtype=int)).metrics["acc1"] == 0
+
+
+def test_bad_scores_are_refused_in_a_sentence():
+    labels = np.array([0, 1])
+    with pytest.raises(ValueError, match=r"scores has shape \(2,\), but scores need shape"):
+        zeroshot_from_scores(np.zeros(2), labels)
+    with pytest.raises(ValueError, match=r"NaN or infinite values in 1 of 2 rows \(first: row 1\)"):
+        zeroshot_from_scores(np.array([[0.0, 1.0], [np.nan, 0.0]]), labels)
+    with pytest.raises(ValueError, match=r"labels holds class 1, but the scores are of 1 classes"):
+        zeroshot_from_scores(np.zeros((2, 1)), labels)
+    with pytest.raises(ValueError, match=r"returned shape \(3, 2\) for 1 prompts and 3 images"):
+        prompt_ensemble_scores(lambda prompts: np.zeros((3, 2)), ["x"], ["{}"])
+    sizes = iter([1, 2])
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for 1 prompts and 1 images"):
+        prompt_ensemble_scores(
+            lambda prompts: np.zeros((next(sizes), 1)), ["x", "y"], ["{}"], batch_size=1
+        )
+    with pytest.raises(ValueError, match=r"batch_size is 0"):
+        prompt_ensemble_scores(lambda prompts: np.zeros((1, 1)), ["x"], ["{}"], batch_size=0)

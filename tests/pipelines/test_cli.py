@@ -18,6 +18,7 @@ from pipelines.options import options_of
 from pipelines.runner import check_location
 
 CAPTIONS = ["a red square", "a blue circle"]
+RUN_FLAGS = ("--only", "--from", "--until", "--runner", "--dry-run", "--num-samples")
 URLS = ["http://127.0.0.1:9/a.jpg", "http://127.0.0.1:9/b.jpg"]
 
 
@@ -74,8 +75,8 @@ def test_help_of_a_recipe_has_a_line_and_a_default_for_every_option(declip, comm
         text = " ".join(line.strip() for line in lines[here + 1 : here + 5])
         assert text.startswith(option.help), option.flag
         assert "(default: " in text, option.flag
-    for flag in {"run": ("--only", "--from", "--until", "--runner")}.get(command, ()):
-        assert re.search(rf"^  {flag} \S+ +\S|^  {flag} \S+\n {{20,}}\S", out, re.MULTILINE), flag
+    for flag in {"run": RUN_FLAGS}.get(command, ()):
+        assert re.search(rf"^  {flag}( \S+)?(  +|\n {{20,}})\S", out, re.MULTILINE), flag
 
 
 def test_without_a_recipe_the_help_is_shown_and_the_status_is_wrong_usage(declip):
@@ -112,6 +113,14 @@ def test_without_a_recipe_the_help_is_shown_and_the_status_is_wrong_usage(declip
         ("run demo --eval.templates simpel", ["simpel", "simple"]),
         ("run demo --report.num-examples 0", ["num_examples is 0", "between 1 and 200"]),
         ("run demo stray", ["'stray' is not an option"]),
+        ("run demo --dry-rnu", ["no option --dry-rnu", "Did you mean '--dry-run'"]),
+        ("run demo --num-samples 9", ["--num-samples 9", "--dry-run"]),
+        ("run demo --dry-run --num-samples 0", ["--num-samples is 0", "at least 1"]),
+        ("run demo --dry-run --num-samples many", ["'many', which is not a whole number"]),
+        ("run demo --dry-run --runner rey", ["--runner is 'rey'", "Did you mean 'ray'"]),
+        ("run demo --dry-run --only tran", ["no stage 'tran'", "Did you mean 'train'"]),
+        ("run yfcc15m_v2_declip_vit_b_32", ["Did you mean 'yfcc15m-v2-declip-vit-b-32'"]),
+        ("run cc3m-declip-rn50", ["cc3m.parquet' does not exist", "--ingest.table"]),
         ("run pairs", ["pairs.parquet' does not exist", "--ingest.table"]),
         ("run demo --out=", ["--out is empty"]),
         ("run demo --out nowhere://x", ["'nowhere://x'", "another --out"]),

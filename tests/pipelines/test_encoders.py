@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from declip_filter.encoders import load_encoder
 from declip_shards import DeclipError
 from declip_shards.fakes import draw
 from declip_train.augment import eval_images
 from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.heads import TokenHeads
 from declip_train.model_config import get_model_config
 from declip_train.tokenizer import CaptionTokenizer
 from declip_train.towers import CLIP
@@ -151,3 +153,72 @@ def test_no_export_there_is_a_sentence(root, tmp_path):
 def test_a_dataset_that_is_not_on_a_disk_is_a_sentence():
     with pytest.raises(DeclipError, match="'memory://data' is not a local folder"):
         checkpoint_encoder("train/export", root="memory://data", device="cpu")
+
+
+def export_tokens(folder, *, seed=0, method="filip", leave_out=""):
+    model, heads = make_model(0), nn.ModuleDict()
+    generator = torch.Generator().manual_seed(seed)
+    heads["tokens"] = TokenHeads(model.config, 8, generator)
+    if leave_out:
+        delattr(heads["tokens"], leave_out)
+    export_open_clip(model, heads, folder, PreprocessSettings(), {"method": method})
+    return CheckpointEncoder(folder, "checkpoint:x")
+
+
+def test_untrained_global_embeddings_are_refused(tmp_path, images):
+    encoder = export_tokens(tmp_path)
+    assert not encoder.supports_text
+    assert not encoder.supports_image
+    for call, given in ((encoder.encode_text, TEXTS), (encoder.encode_image, images)):
+        with pytest.raises(DeclipError, match=r"method 'filip', which trains no global embeddings"):
+            call(given)
+
+
+def test_filips_probe_reads_the_mean_of_its_unprojected_patches(tmp_path, model, images):
+    encoder = export_tokens(tmp_path)
+    with torch.inference_mode():
+        pixels = eval_images(images, encoder.image_size)
+        patches = model.forward_image(pixels, need_tokens=True).tokens.numpy()
+    found = encoder.encode_probe(images)
+    assert (found.dtype, found.shape) == (np.float32, (len(images), model.config.vision.width))
+    np.testing.assert_allclose(found, patches.mean(axis=1), atol=1e-5)
+    assert encoder.probe_features == "mean of patch tokens"
+
+
+def test_other_methods_probe_reads_before_the_projection(encoder, tmp_path, images):
+    assert encoder.probe_features == "before the projection"
+    for other in (encoder, export_tokens(tmp_path, method="defilip")):
+        np.testing.assert_array_equal(
+            other.encode_probe(images), encoder.encode_image_both(images)[1]
+        )
+
+
+def test_tokens_are_unit_length_and_padding_is_marked(tmp_path, images):
+    encoder = export_tokens(tmp_path)
+    tokens = encoder.encode_image_tokens(images)
+    assert tokens.shape == (len(images), 4, 8)
+    assert unit_length(tokens.flatten(0, 1).numpy())
+    tokens, mask = encoder.encode_text_tokens(TEXTS)
+    ids = CaptionTokenizer()(TEXTS)
+    assert mask.sum(dim=1).tolist() == (ids.argmax(axis=1) + 1).tolist()
+    assert mask.shape == tokens.shape[:2]
+    assert all(row[: int(row.sum())].all() for row in mask)
+    alone, _ = encoder.encode_text_tokens(TEXTS[:1])
+    np.testing.assert_allclose(tokens[0][mask[0]].numpy(), alone[0].numpy(), atol=1e-5)
+
+
+def test_the_digest_covers_the_token_projections(encoder, tmp_path):
+    digests = {export_tokens(tmp_path / str(seed), seed=seed).digest for seed in (0, 1, 2)}
+    assert len(digests | {encoder.digest}) == 4
+    assert export_tokens(tmp_path / "again", seed=1).digest in digests
+
+
+def test_missing_or_other_token_projections_are_a_sentence(encoder, tmp_path, images):
+    with pytest.raises(DeclipError, match=r"has no token projections to compare tokens with"):
+        encoder.encode_image_tokens(images)
+    export(make_model(0), tmp_path / "none", method="filip")
+    with pytest.raises(DeclipError, match=r"is of method 'filip' but has no token projections"):
+        CheckpointEncoder(tmp_path / "none", "x")
+    for part in ("text_projection", "image_projection"):
+        with pytest.raises(DeclipError, match=r"token projections in .* do not fit .*: export the"):
+            export_tokens(tmp_path / part, leave_out=part)

@@ -15,8 +15,12 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from declip_eval.results import read_result
+from declip_eval.retrieval import group_captions, retrieval
+from declip_eval.templates import SIMPLE_TEMPLATES
+from declip_eval.zeroshot import build_classifier, zeroshot_classification
 from declip_shards import (
     DeclipError,
     Sample,
@@ -26,8 +30,12 @@ from declip_shards import (
     read_samples,
     write_shard,
 )
+from declip_train.augment import eval_images
 from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.heads import TokenHeads
 from declip_train.model_config import get_model_config
+from declip_train.tokenizer import CaptionTokenizer
+from declip_train.tokenwise import tokenwise_info_nce
 from declip_train.towers import CLIP
 from pipelines import encoders
 from pipelines.evaluate import EvaluateModel, read_held_out
@@ -96,6 +104,31 @@ def export_untrained(root, seed):
     export_open_clip(model, None, root / "train/export", PreprocessSettings(), {"seed": seed})
 
 
+def export_filip(root, seed=0, learn=(), num_steps=100):
+    """FILIP as it was drawn, or after it learned the (picture, name) pairs of ``learn``."""
+    generator = torch.Generator().manual_seed(seed)
+    config = get_model_config("test")
+    clip, heads = CLIP(config, generator=generator), TokenHeads(config, 32, generator)
+    if learn:
+        pixels = eval_images([image for image, _ in learn], config.vision.image_size)
+        ids = torch.from_numpy(CaptionTokenizer()([name for _, name in learn], trim=True))
+        mask = torch.arange(ids.shape[1]) <= ids.argmax(dim=1, keepdim=True)
+        optimizer = torch.optim.Adam([*clip.parameters(), *heads.parameters()], lr=3e-3)
+        for _ in range(num_steps):
+            patches = clip.forward_image(pixels, need_tokens=True).tokens
+            states = clip.forward_text(ids, need_hidden=True).hidden
+            assert patches is not None
+            assert states is not None
+            tokens = heads.project_image(patches), heads.project_text(states)
+            loss = tokenwise_info_nce(*tokens, mask, torch.tensor(20.0))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    parts = nn.ModuleDict({"tokens": heads})
+    provenance = {"seed": seed, "method": "filip"}
+    export_open_clip(clip, parts, root / "train/export", PreprocessSettings(), provenance)
+
+
 def evaluate(root, **settings):
     stage = EvaluateModel(root=str(root), model="test", **(TASK | settings))
     stats = stage.worker()("all")
@@ -136,11 +169,13 @@ CHANCE = {
 """(task, metric) -> what guessing gives where every class has one picture and one caption."""
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_an_untrained_model_sits_at_chance(dataset, tmp_path, seed):
+@pytest.mark.parametrize(
+    ("export", "seed"), [(export_untrained, seed) for seed in (0, 1, 2, 3)] + [(export_filip, 0)]
+)
+def test_an_untrained_model_sits_at_chance(dataset, tmp_path, export, seed):
     root = tmp_path / "data"
     shutil.copytree(dataset, root)
-    export_untrained(root, seed)
+    export(root, seed)
     results = evaluate(root)
     for (task, metric), chance in CHANCE.items():
         result = results[task]
@@ -162,8 +197,8 @@ class Planted:
     Every name has an axis of its own, so its answers are exact.
     """
 
-    supports_text = supports_image = True
-    name = "checkpoint:planted"
+    supports_text = supports_image = has_global_features = True
+    name, method, probe_features = "checkpoint:planted", "clip", "parity"
     digest = "0" * 64
 
     def __init__(self, root, num_right):
@@ -182,9 +217,9 @@ class Planted:
     def encode_image(self, images):
         return np.eye(self.dim, dtype=np.float32)[[self.answer[image] for image in images]]
 
-    def encode_image_both(self, images):
+    def encode_probe(self, images):
         parity = [[float(self.answer[image] % 2), 1.0] for image in images]
-        return self.encode_image(images), np.array(parity, dtype=np.float32)
+        return np.array(parity, dtype=np.float32)
 
 
 @pytest.mark.parametrize("num_right", [NUM_CLASSES, 120])
@@ -205,6 +240,51 @@ def test_a_planted_model_gets_exactly_what_it_knows(dataset, tmp_path, monkeypat
     assert hits(zeroshot, "acc1") > binomial_range(NUM_CLASSES, chance)[1]
     low, high = zeroshot.provenance.intervals["acc1"]
     assert low <= share <= high
+
+
+def test_a_model_whose_tokens_know_the_names_is_found_to_know_them(dataset, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(dataset, root)
+    names = words(NUM_CLASSES + NUM_TRAIN)[:NUM_CLASSES]
+    pictures = [sample.image for sample in read_samples(Store(str(root)), "00000")]
+    num_learned = 40
+    export_filip(root, learn=list(zip(pictures, names, strict=True))[:num_learned])
+    results = evaluate(root, templates="name_only")
+    zeroshot = results["zeroshot_classification"]
+    table = pa.parquet.read_table(root / "eval/predictions.parquet").to_pylist()
+    right = [row["predicted"][0] == row["label"] for row in table]
+    assert np.mean(right[:num_learned]) > 0.9
+    assert zeroshot.metrics["acc1"] == np.mean(right)
+    for task in ("zeroshot_classification", "zeroshot_retrieval"):
+        assert results[task].provenance.settings["scoring"] == "token-wise"
+    assert results["linear_probe"].provenance.settings["features"] == "mean of patch tokens"
+    # Its global embeddings were never trained: nothing of them is written, or believed.
+    assert not (root / "embeddings").exists()
+    with pytest.raises(DeclipError, match="trains no global embeddings"):
+        evaluate(root, scoring="global")
+
+
+def test_global_embeddings_are_scored_as_ever_and_say_so(dataset, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(dataset, root)
+    export_untrained(root, 0)
+    results = evaluate(root)
+    data = read_held_out(Store(str(root)), "model")
+    rows = data.rows(["test"])
+    assert data.images is not None
+    encoder = encoders.checkpoint_encoder("train/export", root=str(root), device="cpu")
+    classes = sorted({data.labels[i] for i in rows})
+    labels = np.array([classes.index(data.labels[i]) for i in rows])
+    classifier = build_classifier(encoder.encode_text, classes, SIMPLE_TEMPLATES)
+    expected, _ = zeroshot_classification(data.images[rows], classifier, labels)
+    assert results["zeroshot_classification"].metrics == expected
+    texts, positives = group_captions([data.captions[i] for i in rows])
+    expected = retrieval(data.images[rows], encoder.encode_text(texts), positives)
+    assert results["zeroshot_retrieval"].metrics == expected
+    for task in ("zeroshot_classification", "zeroshot_retrieval"):
+        assert results[task].provenance.settings["scoring"] == "global"
+    with pytest.raises(DeclipError, match="'unknown' has no token projections"):
+        evaluate(root, scoring="token-wise")
 
 
 def test_only_the_asked_for_splits_are_tested_and_twice_gives_the_same_bytes(dataset, tmp_path):

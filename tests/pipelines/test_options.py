@@ -3,6 +3,7 @@ from test_runner import toy
 
 from declip_shards import DeclipError
 from declip_shards.manifest import settings_of
+from pipelines import recipes
 from pipelines.options import (
     apply_overrides,
     options_of,
@@ -36,6 +37,7 @@ def test_overrides_reach_the_stage(tmp_path):
         (["--numbers.count", "many"], "'many', which is not a whole number"),
         (["--numbers.style", "evn"], "Did you mean 'even'"),
         (["--numbers.count"], "--numbers.count needs a value"),
+        (["--dry-rnu"], "no option --dry-rnu. Did you mean '--dry-run'"),
         (["--numbers.count", "0"], "count is 0; it must be at least 1"),
         (["stray"], "'stray' is not an option"),
     ],
@@ -44,6 +46,17 @@ def test_wrong_options_are_refused_in_a_sentence(tmp_path, arguments, sentence):
     with pytest.raises(DeclipError) as error:
         apply_overrides(toy(tmp_path), split_overrides(arguments))
     assert sentence in str(error.value)
+
+
+def test_a_setting_that_nothing_reads_is_refused_for_who_asks_for_it():
+    pipeline = recipes.build("demo", "runs")
+    asked = [("--train.method", "clip"), ("--train.bank-size", "70000")]
+    with pytest.raises(DeclipError, match=r"--train.bank-size would change nothing: it is read by"):
+        apply_overrides(pipeline, asked)
+    apply_overrides(pipeline, asked, refuse_unread=False)
+    # The recipe's own projector stays where it is, unread.
+    changed = apply_overrides(pipeline, asked[:1])
+    assert settings_of(changed.step("train").stage, hashed_only=True)["projector_dim"] == 256
 
 
 def test_values_of_every_kind():

@@ -17,7 +17,7 @@ from declip_filter import neighbors as neighbor_table
 from declip_filter.selection import selected_keys
 from declip_shards import DeclipError, Store, TaskStats, layout, manifest, sidecars
 from declip_shards.fakes import write_fake_dataset
-from declip_train.losses import TERMS
+from declip_train.methods import TERMS
 from declip_train.stages import TrainModel
 from pipelines.evaluate import EvaluateModel
 from pipelines.pipeline import Pipeline, Step

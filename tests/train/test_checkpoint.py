@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from declip_shards import DeclipError
 from declip_train.checkpoint import MANIFEST, Checkpoints, check_checkpoint, tag_of
+from declip_train.loop import run_name
+from declip_train.settings import TrainSettings
 
 RUN = {"settings": "abc", "world_size": 1}
 
@@ -122,6 +124,28 @@ def test_another_run_is_not_continued(three, said):
     other = Checkpoints(three.folder, {**RUN, "settings": "xyz"}, keep=3, say=said.append)
     assert other.restore(FakeEngine()) == 0
     assert "of another run (settings is 'abc', not 'xyz')" in said[0]
+
+
+def test_a_checkpoint_of_another_method_is_skipped_aloud(tmp_path, said):
+    """The loop never looks there, as a run's folder is named by its settings; were the folder
+    copied, nothing of it would be loaded all the same."""
+    settings = {
+        method: TrainSettings(model="test", method=method, max_steps=9, warmup_steps=1)
+        for method in ("slip", "declip")
+    }
+    runs = {
+        method: {"settings": value.digest(), "world_size": 1} for method, value in settings.items()
+    }
+    assert run_name(runs["slip"]) != run_name(runs["declip"])
+    engine = FakeEngine()
+    engine.value = 4
+    Checkpoints(tmp_path, runs["slip"], keep=1, say=said.append).save(engine, 4)
+    assert Checkpoints(tmp_path, runs["declip"], keep=1, say=said.append).restore(FakeEngine()) == 0
+    assert said == [
+        f"checkpoint {tag_of(4)} is skipped: it is of another run (settings is "
+        f"{runs['slip']['settings']!r}, not {runs['declip']['settings']!r})"
+    ]
+    assert restored(Checkpoints(tmp_path, runs["slip"], keep=1, say=said.append)) == 4
 
 
 def test_a_manifest_cannot_point_elsewhere(three, tmp_path):

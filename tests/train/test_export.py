@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,20 +64,26 @@ for way, name, pretrained in (
     tokens = open_clip.get_tokenizer("ViT-B-32")(json.load(open(f"{folder}/captions.json")))
     picture = preprocess(Image.open(f"{folder}/picture.png")).numpy()
     scale = model.logit_scale.detach().numpy()
+    bias = float("nan") if model.logit_bias is None else model.logit_bias.detach().numpy()
     np.savez(f"{folder}/{way}.npz", images=images, texts=texts, tokens=tokens.numpy(),
-             picture=picture, logit_scale=scale)
+             picture=picture, logit_scale=scale, logit_bias=bias)
 """
 
 
-def make_model(name: str = "ViT-Ti-8-48", seed: int = 0) -> tuple[CLIP, DeCLIPHeads]:
-    """A model whose every parameter has been moved off its initial value."""
+def make_model(
+    name: str = "ViT-Ti-8-48", seed: int = 0, logit_bias: float | None = None
+) -> tuple[CLIP, DeCLIPHeads]:
+    """A model whose every parameter and statistic has been moved off its initial value."""
     generator = torch.Generator().manual_seed(seed)
-    config = get_model_config(name)
+    config = replace(get_model_config(name), init_logit_bias=logit_bias)
     model = CLIP(config, generator)
     heads = DeCLIPHeads(config, projector_dim=8, predictor_hidden_dim=4, generator=generator)
     with torch.no_grad():
         for parameter in (*model.parameters(), *heads.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
     return model.eval(), heads
 
 
@@ -86,8 +94,13 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.slow
-def test_open_clip_computes_our_features(tmp_path: Path, picture: Image.Image) -> None:
-    model, heads = make_model()
+@pytest.mark.parametrize(
+    ("name", "logit_bias"), [("ViT-Ti-8-48", None), ("test-rn", None), ("test", -10.0)]
+)
+def test_open_clip_computes_our_features(
+    tmp_path: Path, picture: Image.Image, name: str, logit_bias: float | None
+) -> None:
+    model, heads = make_model(name, logit_bias=logit_bias)
     settings = PreprocessSettings(
         mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear"
     )
@@ -116,6 +129,9 @@ def test_open_clip_computes_our_features(tmp_path: Path, picture: Image.Image) -
         np.testing.assert_allclose(our_texts, theirs["texts"], atol=1e-5, rtol=0)
         np.testing.assert_array_equal(token_ids, theirs["tokens"])
         assert float(theirs["logit_scale"]) == model.logit_scale.item()
+        # NaN stands for a model without a bias.
+        bias = math.nan if model.logit_bias is None else model.logit_bias.item()
+        np.testing.assert_array_equal(theirs["logit_bias"], np.float32(bias))
     # By folder, the preprocessing arrives too: shortest side, center crop, our mean and deviation.
     scaled = picture.resize((size, int(size * 160 / 122)), Image.Resampling.BILINEAR)
     top = round((scaled.height - size) / 2)
@@ -125,8 +141,9 @@ def test_open_clip_computes_our_features(tmp_path: Path, picture: Image.Image) -
     np.testing.assert_allclose(theirs_picture, expected.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_load_inverts_export(tmp_path: Path) -> None:
-    model, heads = make_model("test")
+@pytest.mark.parametrize(("name", "logit_bias"), [("test", None), ("test", -9.5), ("test-rn", 0)])
+def test_load_inverts_export(tmp_path: Path, name: str, logit_bias: float | None) -> None:
+    model, heads = make_model(name, logit_bias=logit_bias)
     settings = PreprocessSettings(interpolation="bilinear", resize_mode="squash")
     export_open_clip(model, heads, tmp_path, settings, PROVENANCE)
     loaded = load_export(tmp_path)
@@ -169,12 +186,24 @@ def test_equal_weights_make_equal_bytes(tmp_path: Path) -> None:
     assert first[1].read_bytes() != third[1].read_bytes()
 
 
-def test_training_precision_leaves_no_trace(tmp_path: Path) -> None:
-    model, _ = make_model("test")
+@pytest.mark.parametrize("name", ["test", "test-rn"])
+def test_training_precision_leaves_no_trace(tmp_path: Path, name: str) -> None:
+    model, _ = make_model(name)
     model.bfloat16()
     export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
     state = load_export(tmp_path).model.state_dict()
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    dtypes = {t.dtype for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    assert dtypes == {torch.float32}
+
+
+def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with_bias, _ = make_model("test", logit_bias=-10.0)
+    config, _ = export_open_clip(with_bias, None, tmp_path, PreprocessSettings(), {})
+    content = json.loads(config.read_text())
+    del content["model_cfg"]["init_logit_bias"]
+    config.write_text(json.dumps(content))
+    with pytest.raises(DeclipError, match=r"do not fit its configuration .*logit_bias"):
+        load_export(tmp_path)
 
 
 def test_only_the_two_files_are_there(tmp_path: Path) -> None:
@@ -195,7 +224,7 @@ def test_useless_weights_and_odd_provenance_write_nothing(tmp_path: Path) -> Non
             cast(dict[str, Scalar], {"loss": np.float64(1.0)}),
         )
     with torch.no_grad():
-        model.visual.proj[0, 0] = float("nan")
+        model.get_parameter("visual.proj")[0, 0] = float("nan")
     with pytest.raises(DeclipError, match=r"visual\.proj that are not finite.*earlier checkpoint"):
         export_open_clip(model, heads, tmp_path / "x", PreprocessSettings(), {})
     assert not (tmp_path / "x").exists()

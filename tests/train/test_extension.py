@@ -1,8 +1,11 @@
 """DeepSpeed's operator: built once, by one process, and never waited for without end."""
 
 import fcntl
+import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +95,33 @@ def test_waiting_for_another_build_ends(folder):
 
 def test_folders_are_by_version(folder):
     assert f"python{sys.version_info.major}.{sys.version_info.minor}-torch" in folder.name
+
+
+def test_a_run_leaves_nothing_in_shared_memory(tmp_path):
+    """DeepSpeed itself would leave 69 MB a process; the real operator makes them here."""
+    code = (
+        "import os, pathlib, sys; sys.path.insert(0, sys.argv[1]);"
+        "from single_process import one_process;"
+        "shm = pathlib.Path('/dev/shm'); name = 'deepspeed_allreduce_buffer_*_29633_*';"
+        "os.environ.update(LOCAL_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29633');"
+        "from declip_train import extension;"
+        "release = extension.release_shared_memory; found = [];"
+        "extension.release_shared_memory = lambda: found.extend(shm.glob(name)) or release();"
+        "ctx = one_process(sys.argv[2]); ctx.__enter__();"
+        "assert len(found) == 1, found; assert not list(shm.glob(name))"
+    )
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code, here, str(tmp_path)], check=True, timeout=300)
+
+
+def test_what_no_process_has_mapped_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "_SHARED_MEMORY", tmp_path)
+    names = [f"{extension._BUFFER}_{os.getuid()}_h_1_{n}" for n in ("old", "mapped", "young")]
+    others = [f"{extension._BUFFER}_{os.getuid() + 1}_h_1_0", "something_else"]
+    for name in (*names, *others):
+        (tmp_path / name).write_bytes(b"x" * 4096)
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path / names[2])
+    with (tmp_path / names[1]).open("r+b") as f, mmap.mmap(f.fileno(), 0):
+        assert extension.sweep_shared_memory() == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], *others])

@@ -1,22 +1,26 @@
 """The list of training samples: what is selected, where it lies, what its neighbors say."""
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from declip_shards import DeclipError, layout, read_samples, sidecars
-from declip_train.samples import load_samples
+from declip_train import samples as module
+from declip_train.samples import load_samples, training_samples
+from declip_train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from tests.train.training_data import write_training_data
+    from tests.train.training_data import write_embeddings, write_training_data
 else:
     sys.path.insert(0, str(Path(__file__).parent))
-    from training_data import write_training_data
+    from training_data import write_embeddings, write_training_data
 
 
 def test_every_sample_is_the_shards_own(tmp_path):
@@ -42,6 +46,103 @@ def test_neighbors_are_joined_by_key(tmp_path):
     assert samples.num_without_neighbor == 2
 
 
+def test_caption_numbers_are_equal_where_captions_are_and_only_there(tmp_path):
+    write_training_data(tmp_path)
+    samples = load_samples(
+        str(tmp_path), selection="default", splits=("train",), neighbors="captions"
+    )
+    near = [caption for captions in samples.neighbor_captions for caption in captions]
+    texts = [*samples.captions, *near]
+    numbers = [*samples.caption_ids.tolist(), *samples.neighbor_caption_ids.tolist()]
+    assert len(texts) == len(numbers)
+    assert len(set(texts)) == len(set(numbers)) == len(set(zip(texts, numbers, strict=True)))
+    assert set(near) - set(samples.captions), "a neighbor outside of the split"
+    for index, captions in enumerate(samples.neighbor_captions):
+        first, last = samples.neighbor_starts[index : index + 2]
+        assert near[first:last] == list(captions)
+
+
+@pytest.mark.parametrize(
+    ("changed", "stored", "joined"),
+    [
+        ({}, False, True),
+        ({"neighbor_feature": "stored"}, True, True),
+        ({"method": "clip"}, False, False),
+        ({"method": "slip", "neighbor_feature": "stored"}, False, False),
+        ({"neighbor_source": "bank"}, False, False),
+    ],
+)
+def test_a_run_reads_what_its_method_asks_for(tmp_path, changed, stored, joined):
+    store = write_training_data(tmp_path)
+    write_embeddings(store)
+    settings = TrainSettings(root=str(tmp_path), model="test", global_batch_size=12, **changed)
+    samples = training_samples(settings)
+    assert (samples.stored is not None) == stored
+    assert any(samples.neighbor_captions) == joined
+
+
+def test_stored_rows_are_those_of_the_neighbors(tmp_path):
+    store = write_training_data(tmp_path)
+    vectors = write_embeddings(store)
+    samples = load_samples(
+        str(tmp_path),
+        selection="default",
+        splits=("test",),
+        neighbors="captions",
+        neighbor_embeddings="captions",
+        embed_dim=16,
+    )
+    near = {
+        row["key"]: row["neighbor_keys"]
+        for shard in layout.list_shards(store)
+        for row in sidecars.read_rows(store, layout.neighbors_path("captions", shard))
+    }
+    wanted = [vectors[key] for own in samples.keys for key in near[own]]
+    assert samples.stored is not None
+    found = samples.stored.vectors(samples.stored_rows)
+    np.testing.assert_allclose(found, np.array(wanted, np.float32), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_a_neighbor_without_a_vector_is_named(tmp_path):
+    store = write_training_data(tmp_path)
+    rows = sidecars.read_rows(store, layout.neighbors_path("captions", "00000"))
+    gone = rows[1]["neighbor_keys"][0]
+    write_embeddings(store, without={gone})
+    with pytest.raises(DeclipError, match=f"no vector of the neighbor '{gone}'.*rerun the embed"):
+        load_samples(
+            str(tmp_path),
+            selection="default",
+            neighbors="captions",
+            neighbor_embeddings="captions",
+            embed_dim=16,
+        )
+
+
+def test_a_missing_caption_is_an_empty_one(tmp_path):
+    store = write_training_data(tmp_path)
+    path = layout.shard_parquet_path("00000")
+    table = sidecars.read_table(store, path)
+    captions = [None, *table.column("caption").to_pylist()[1:]]
+    place = table.column_names.index("caption")
+    sidecars.write_table(store, path, table.set_column(place, "caption", pa.array(captions)))
+    samples = load_samples(str(tmp_path), selection="default")
+    assert [c for c in samples.captions if not c] == [""]
+    assert samples.captions[samples.keys.index(table.column("key")[0].as_py())] == ""
+
+
+def test_more_tars_than_may_be_open(tmp_path, monkeypatch):
+    store = write_training_data(tmp_path, num_shards=5, samples_per_shard=4)
+    monkeypatch.setattr(module, "_OPEN_TARS", 2)
+    samples = load_samples(str(tmp_path), selection="default")
+    truth = {s.key: s for shard in layout.list_shards(store) for s in read_samples(store, shard)}
+    before = len(os.listdir("/dev/fd"))
+    order = np.random.default_rng(0).permutation(len(samples)).tolist()
+    for index in order:
+        assert samples.read_image(index) == truth[samples.keys[index]].image
+    assert len(os.listdir("/dev/fd")) <= before + 2
+
+
 def test_selection_and_split_drop(tmp_path):
     write_training_data(tmp_path, dropped=4)
     everyone = load_samples(str(tmp_path), selection="")
@@ -59,6 +160,22 @@ def test_the_digest_follows_the_content(tmp_path):
     assert load_samples(str(tmp_path / "b"), selection="default").digest() == digest
     write_training_data(tmp_path / "b", dropped=1)
     assert load_samples(str(tmp_path / "b"), selection="default").digest() != digest
+
+
+def test_the_digest_follows_the_stored_vectors(tmp_path):
+    store = write_training_data(tmp_path)
+    digests = []
+    for dtype in (np.float16, np.float32, np.float16):
+        write_embeddings(store, dtype=dtype)
+        samples = load_samples(
+            str(tmp_path),
+            selection="default",
+            neighbors="captions",
+            neighbor_embeddings="captions",
+            embed_dim=16,
+        )
+        digests.append(samples.digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from declip_train.tokenizer import (
     SOT_ID,
     VOCAB_SIZE,
     CaptionTokenizer,
+    MaskRules,
     find_vocabulary,
     mask_tokens,
 )
@@ -50,6 +51,29 @@ STRANGE = [
     "_under_score-and--dash...!!!???",
     "IMG_1234.JPG http://example.com/?q=%20&a=b",
     "\ud800 half a pair",
+    "two halves \ud83d\ude00 and \ude00\ud83d the wrong way round",
+    "\u202eright to left\u202c \u200fשלום\u200e عَرَبِيّ ۱۲۳",
+    "e\u0301\u0327\u0308\u0323 z\u0300\u0301\u0302\u0303\u0304\u0305 \u0301alone",
+    "&amp;amp;amp;amp; &lt;br&gt; &notanentity; &#0; &#128; &#xFFFE; &#39;s &Amp; &AMP &eacute",
+    "&#60;start_of_text&#62; &lt;end_of_text&gt; <START_OF_TEXT>",
+    "\x00\x00 \x01\x02\x1b[31mred\x1b[0m \x7f\x80\x9f",
+    "tab\tnew\nreturn\rvertical\x0bform\x0cfile\x1cgroup\x1dunit\x1f",
+    "\ufeffbyte order mark\ufeff \u2060 \u180e \u3164 \ufff9",
+    "\u1680ogham \u2003em \u202fnarrow \u00a0hard \u205fmath",
+    "ＦＵＬＬ　ＷＩＤＴＨ ﾊﾝｶｸ ①②③ ㈱ ™ © ℃ Å",
+    "👩🏽‍🚀👨‍👩‍👧‍👦🇩🇪🇯🇵🏴\U000e0067\U000e0062\U000e007f #️⃣ 🫠🪿",
+    "ǅ ŉ ΐ ΣΑΣ ς Straße MASSE ﬀ İstanbul ıŞık Ǆ",
+    "â€œquotedâ€\x9d donâ€™t Ã¼ber schÃ¶n ÐŸÑ€Ð¸",
+    "‘single’ “double” „low“ «angle» … – — ‐ ′ ″",
+    "'s'S'ſ''''ve'LL'Re'M'D'T n't 'sss o'clock rock'n'roll",
+    "w</w></w> </w>word ĠĊ<w/> <|endoftext|><|mask|>",
+    "a" * 5000,
+    "é" * 1000 + " " + "漢" * 1000,
+    " ".join(str(number) for number in range(300)),
+    "\U0010ffff \U000f0000 \ue000 \ufdd0 private and unassigned \u0378 \U0001f9ff",
+    "नमस्ते བོད་སྐད ខ្មែរ မြန်မာ አማርኛ ᏣᎳᎩ 𐎀𐎁 𒀀",
+    "x̂ = ∑ᵢ √(αᵢ²) ≤ ∞ ∴ ℵ₀ ⟨ψ|φ⟩ ½⅓¼",
+    "ı̇ i̇ İ K Å ſ ß \u1e9e \u0345 \u03c2",
 ]
 
 
@@ -93,6 +117,53 @@ any_text = st.one_of(
 def test_any_captions_have_open_clips_ids(captions: list[str], context_length: int) -> None:
     expected = theirs()(captions, context_length=context_length).numpy()
     np.testing.assert_array_equal(ours(context_length)(captions), expected)
+
+
+# Characters of one kind, of which strings are drawn that a web page might hold by accident.
+ALPHABETS = [
+    [chr(i) for i in range(0x100)],
+    [chr(i) for i in range(0x100, 0x250)],
+    [chr(i) for i in range(0x2B0, 0x370)] + list("aeiou"),
+    [chr(i) for i in range(0x590, 0x780)] + ["\u200f", "\u202e", "\u202c"],
+    [chr(i) for i in range(0x900, 0x980)] + [chr(i) for i in range(0xE00, 0xE60)],
+    [chr(i) for i in range(0x2000, 0x2070)] + list("ab 1"),
+    [chr(i) for i in range(0x3000, 0x3100)] + [chr(i) for i in range(0x4E00, 0x4F00)],
+    [chr(i) for i in range(0xD7F0, 0xD810)] + [chr(i) for i in range(0xDC00, 0xDC10)] + ["a"],
+    [chr(i) for i in range(0xFF00, 0x10000)],
+    [chr(i) for i in range(0x1F300, 0x1F700)] + ["\u200d", "\ufe0f", "\u20e3"],
+    [chr(i) for i in range(0x1D400, 0x1D500)],
+    ["&amp;", "&lt;", "&gt;", "&#", "amp;", ";", "x", "39", "&", "&quot;", "&nbsp;", "65"],
+    ["'", "s", "t", "re", "ve", "m", "ll", "d", "’", " ", "S", "LL"],
+    ["<", ">", "|", "/", "w", "start_of_text", "end_of_text", "<start_of_text>", "<end_of_text>"],
+    ["Ã", "©", "â", "€", "™", "œ", "¢", "Â", "\x80", "\x9d", "ð", "Ÿ", " ", "e"],
+    ["photo", "of", "a", "dog", "-", "_", ".", ",", "!", "2", "01", " ", "  ", "\n", "\t", "#"],
+]
+
+
+def test_thousands_of_strange_strings_have_open_clips_ids() -> None:
+    rng = np.random.default_rng(0)
+    strings = ["".join(map(chr, range(first, first + 16))) for first in range(0, 0x3000, 16)]
+    for number in range(5000):
+        alphabet = ALPHABETS[number % len(ALPHABETS)]
+        if number % 3 == 0:
+            alphabet = alphabet + ALPHABETS[int(rng.integers(len(ALPHABETS)))]
+        pieces = rng.integers(len(alphabet), size=int(rng.integers(1, 30)))
+        strings.append("".join(alphabet[piece] for piece in pieces))
+    assert len(set(strings)) > 5000
+    found, expected = ours()(strings), theirs()(strings).numpy()
+    wrong = [strings[row] for row in np.flatnonzero((found != expected).any(axis=1))]
+    assert not wrong
+    for string in strings[::50]:
+        assert list(ours().encode(string)) == theirs().encode(string)
+
+
+def test_every_row_has_its_end() -> None:
+    strings = [*STRANGE, "<end_of_text>", "<start_of_text>" * 100, "word " * 400]
+    for context_length in (2, 5, 77):
+        for trim in (False, True):
+            rows = ours(context_length)(strings, trim=trim)
+            assert ((rows == EOT_ID).any(axis=1)).all()
+            assert (rows[:, 0] == SOT_ID).all()
 
 
 def test_rows_have_their_form() -> None:
@@ -236,6 +307,34 @@ def test_shares_are_the_published_ones() -> None:
     assert kept.sum() / num_chosen == pytest.approx(0.1, abs=0.02)
     assert not masked.token_ids[masked.replaced].any(), "the answer is wiped"
     assert len(np.unique(masked.token_ids[changed])) > 0.9 * changed.sum()
+
+
+def test_a_rows_mask_by_its_own_generator_does_not_depend_on_the_batch() -> None:
+    token_ids = ours()(CAPTIONS)
+
+    def masked(rows: list[int]) -> Any:
+        generators = [np.random.default_rng(row) for row in rows]
+        return mask_tokens(token_ids[rows], 0.4, generators)
+
+    together = masked([0, 1, 2, 3, 4])
+    for rows in ([4, 0], [1], []):
+        for found, whole in zip(masked(rows), together, strict=True):
+            np.testing.assert_array_equal(found, whole[rows])
+    with pytest.raises(ValueError, match="There are 2 generators for 1 rows: give one each"):
+        mask_tokens(token_ids[:1], 0.4, [np.random.default_rng(0)] * 2)
+
+
+def test_other_vocabularies_have_their_own_rules() -> None:
+    # Padding 0, start 2, end 3, mask 4 of ten ids: no end to find, since padding is special.
+    rules = MaskRules(vocab_size=10, special_ids=frozenset({0, 2, 3, 4}), end_id=None, hidden_id=4)
+    token_ids = np.array([[2, 5, 6, 7, 1, 3, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]])
+    drawn: set[int] = set()
+    for seed in range(300):
+        masked = mask_tokens(token_ids, 1.0, np.random.default_rng(seed), rules)
+        assert masked.mask_positions.tolist() == [[False] + [True] * 4 + [False] * 3, [False] * 8]
+        assert (masked.token_ids[masked.replaced] == 4).all()
+        drawn |= set(masked.token_ids[masked.mask_positions & ~masked.replaced].tolist())
+    assert drawn == {1, 5, 6, 7, 8, 9}
 
 
 def test_masks_are_a_function_of_the_generator() -> None:

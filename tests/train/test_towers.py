@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from declip_shards import DeclipError
-from declip_train.model_config import MODEL_CONFIGS, get_model_config
+from declip_train.model_config import (
+    MODEL_CONFIGS,
+    ModelConfig,
+    VisionConfig,
+    get_model_config,
+)
 from declip_train.tokenizer import EOT_ID, SOT_ID, CaptionTokenizer
-from declip_train.towers import CLIP
+from declip_train.towers import CLIP, ModifiedResNet, VisionTransformer
 
 CAPTIONS = ["a red apple", "a", "two small dogs run along a beach in the evening sun", "tree"]
 
-OPEN_CLIP_SIDE = """
-import sys, json
-import torchvision_stand_in
-torchvision_stand_in.install()
-import torch, open_clip
-shapes = {}
-for name, config in json.load(sys.stdin).items():
-    with torch.device("meta"):
-        model = open_clip.CLIP(**config)
-    shapes[name] = {key: list(value.shape) for key, value in model.state_dict().items()}
-json.dump(shapes, sys.stdout)
-"""
+
+def ask_open_clip(what: str, request: Any) -> Any:
+    """The answer of open_clip_towers.py, which runs both models in a process of its own."""
+    folder = Path(__file__).parent
+    answer = subprocess.run(
+        [sys.executable, str(folder / "open_clip_towers.py"), what],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        env={"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    return json.loads(answer.stdout)
 
 
 def meta_model(name: str) -> CLIP:
@@ -68,19 +77,42 @@ def images() -> Tensor:
 @pytest.mark.slow
 def test_every_named_model_has_open_clips_names_and_shapes() -> None:
     configs = {name: config.to_open_clip() for name, config in MODEL_CONFIGS.items()}
-    answer = subprocess.run(
-        [sys.executable, "-c", OPEN_CLIP_SIDE],
-        input=json.dumps(configs),
-        capture_output=True,
-        check=True,
-        text=True,
-        env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""},
-    )
-    for name, theirs in json.loads(answer.stdout).items():
+    for name, theirs in ask_open_clip("shapes", configs).items():
         model = meta_model(name)
-        assert {key: list(value.shape) for key, value in model.state_dict().items()} == theirs
+        state = {key: list(value.shape) for key, value in model.state_dict().items()}
+        assert state == theirs["state"]
         # DeepSpeed and the optimizer know parameters by this name: it must be the same one.
-        assert {key for key, _ in model.named_parameters()} == theirs.keys()
+        assert sorted(key for key, _ in model.named_parameters()) == sorted(theirs["parameters"])
+
+
+@pytest.mark.slow
+def test_values_and_gradients_are_open_clips() -> None:
+    """Whole models of full size take minutes; benchmarks/parity.py has them."""
+    base, resnet = get_model_config("ViT-B-32"), get_model_config("RN50")
+    assert isinstance(base.vision, VisionConfig)
+    shallow = replace(
+        base, vision=replace(base.vision, layers=2), text=replace(base.text, layers=2)
+    )
+    narrow = replace(
+        get_model_config("test"),
+        vision=replace(resnet.vision, width=16, image_size=96),
+        quick_gelu=False,
+        init_logit_bias=-3.0,
+    )
+    cases: list[tuple[ModelConfig, str, float]] = [
+        (get_model_config("test"), "float64", 1e-11),
+        (get_model_config("test-rn"), "float64", 1e-11),
+        (shallow, "float32", 1e-5),
+        # In float32, a deep net with batch norm over so few rows amplifies rounding (open_clip's
+        # own, too): ReLUs near zero flip.
+        (narrow, "float64", 1e-9),
+    ]
+    request = [{"config": c.to_open_clip(), "dtype": dtype, "rows": 4} for c, dtype, _ in cases]
+    answers = ask_open_clip("parity", request)
+    for (_, _, tolerance), found in zip(cases, answers, strict=True):
+        assert not found["missing"]
+        assert max(found["images"], found["texts"], found["statistics"]) < tolerance
+        assert max(found["gradients"].values()) < tolerance, found["gradients"]
 
 
 def test_parameter_counts_of_the_published_model() -> None:
@@ -92,9 +124,28 @@ def test_parameter_counts_of_the_published_model() -> None:
     assert total == 151_277_313
 
 
+def test_towers_go_with_their_configuration() -> None:
+    assert isinstance(meta_model("RN50").visual, ModifiedResNet)
+    assert isinstance(meta_model("ViT-L-14").visual, VisionTransformer)
+    config = get_model_config("test")
+    shallow = replace(config, text=replace(config.text, layers=1))
+    assert len(CLIP(shallow).transformer.resblocks) == 1
+
+
+def test_logit_bias_is_there_where_the_configuration_has_one() -> None:
+    plain = CLIP(get_model_config("test"))
+    assert plain.logit_bias is None
+    assert "logit_bias" not in plain.state_dict()
+    config = replace(get_model_config("test"), init_logit_bias=-10, init_logit_scale=math.log(10))
+    siglip = CLIP(config)
+    assert dict(siglip.named_parameters())["logit_bias"].item() == -10
+    assert siglip.logit_scale.exp().item() == pytest.approx(10)
+
+
 def test_weights_are_drawn_at_the_published_scales() -> None:
     model = CLIP(get_model_config("ViT-Ti-8-48"), torch.Generator().manual_seed(0))
     width, layers = 128, 4
+    assert isinstance(model.visual, VisionTransformer)
     block, text_block = model.visual.transformer.resblocks[1], model.transformer.resblocks[2]
     expected = {
         model.visual.conv1.weight: width**-0.5,
@@ -219,6 +270,134 @@ def test_mask_embedding_acts_as_the_embedding_of_a_token_of_its_own(
     assert not torch.allclose(masked.features[0], plain[0])
 
 
+def ask(token_ids: Tensor, *places: tuple[int, int]) -> Tensor:
+    asked = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, place in places:
+        asked[row, place] = True
+    return asked
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(0, 1), (2, 3), (2, 7), (2, 5), (3, 1)],
+        [(0, 0)],
+        [],
+        [(2, place) for place in range(12)],
+        # The end token, and padding behind it.
+        [(1, 2), (1, 6)],
+        [(1, 40)],
+    ],
+)
+def test_asked_states_are_those_of_the_whole_pass(
+    model: CLIP, token_ids: Tensor, places: list[tuple[int, int]]
+) -> None:
+    asked = ask(token_ids, *places)
+    whole = model.forward_text(token_ids, need_hidden=True, trim=False)
+    assert whole.hidden is not None
+    for trim in (True, False):
+        short = model.forward_text(token_ids, state_positions=asked, trim=trim)
+        assert short.hidden is None
+        torch.testing.assert_close(short.states, whole.hidden[asked], rtol=0, atol=1e-12)
+        torch.testing.assert_close(short.features, whole.features, rtol=0, atol=1e-12)
+    both = model.forward_text(token_ids, state_positions=asked, need_hidden=True)
+    assert both.hidden is not None
+    torch.testing.assert_close(both.states, whole.hidden[asked], rtol=0, atol=1e-12)
+
+
+def test_asked_states_have_the_gradients_of_the_whole_pass(model: CLIP, token_ids: Tensor) -> None:
+    asked = ask(token_ids, (0, 1), (2, 3), (2, 7), (3, 2))
+    weights = torch.randn(4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = []
+    for whole in (False, True):
+        model.zero_grad()
+        found = model.forward_text(token_ids, state_positions=asked, need_hidden=whole)
+        assert found.states is not None
+        ((found.states * weights).sum() + found.features.sin().sum()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=0, atol=1e-10)
+
+
+def test_one_caption_and_none_pass(model: CLIP, token_ids: Tensor) -> None:
+    whole = model.forward_text(token_ids)
+    alone = model.forward_text(token_ids[2:3], state_positions=ask(token_ids[2:3], (0, 4)))
+    torch.testing.assert_close(alone.features, whole.features[2:3])
+    none = model.forward_text(token_ids[:0], state_positions=ask(token_ids[:0]))
+    assert none.features.shape == (0, 16)
+    assert none.states is not None
+    assert none.states.shape == (0, 32)
+
+
+def test_captions_without_an_end_are_refused_and_not_misread(
+    model: CLIP, token_ids: Tensor
+) -> None:
+    padding = token_ids.clone()
+    padding[1] = 0
+    cut_off = token_ids.clone()
+    cut_off[2, int(token_ids[2].argmax()) :] = 0
+    for wrong in (padding, cut_off):
+        with pytest.raises(ValueError, match=r"has no end token .* leave such samples out"):
+            model.forward_text(wrong)
+        with pytest.raises(ValueError, match="has no end token"):
+            model.forward_text(wrong, state_positions=ask(wrong, (0, 1)), trim=False)
+        # Without a wait for the device, it is the device that refuses.
+        with pytest.raises(RuntimeError, match="has no end token"):
+            model.forward_text(wrong, trim=False)
+
+
+def test_compiled_towers_give_the_same(model: CLIP, images: Tensor, token_ids: Tensor) -> None:
+    asked = ask(token_ids, (0, 1), (2, 3))
+    image_pass = torch.compile(model.forward_image, backend="eager", fullgraph=True)
+    fixed = torch.compile(model.forward_text, backend="eager", fullgraph=True, dynamic=True)
+    cutting = torch.compile(model.forward_text, backend="eager", dynamic=True)
+    torch.testing.assert_close(image_pass(images).features, model.forward_image(images).features)
+    expected = model.forward_text(token_ids, state_positions=asked)
+    for rows in (slice(4), slice(2, 3)):
+        short = fixed(token_ids[rows], trim=False)
+        torch.testing.assert_close(short.features, expected.features[rows])
+    found = cutting(token_ids, state_positions=asked)
+    torch.testing.assert_close(found.states, expected.states)
+    found.features.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["test", "test-rn"])
+def test_sixteen_bit_weights_stay_near(name: str, dtype: torch.dtype, token_ids: Tensor) -> None:
+    model = CLIP(get_model_config(name), torch.Generator().manual_seed(0))
+    size = model.config.vision.image_size
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(5))
+    asked = ask(token_ids, (0, 1), (2, 3), (2, 4))
+    exact = model.forward_text(token_ids, state_positions=asked), model.forward_image(images, True)
+    model.to(dtype)
+    text = model.forward_text(token_ids, state_positions=asked)
+    image = model.forward_image(images, need_tokens=True)
+    assert text.states is not None
+    assert image.tokens is not None
+    assert {text.features.dtype, text.states.dtype, image.features.dtype} == {dtype}
+    for fine, rough in zip((*exact[0], *exact[1]), (*text, *image), strict=True):
+        if fine is not None and rough is not None:
+            gap = (fine - rough.float()).square().mean().sqrt()
+            assert gap < 0.03 * fine.square().mean().sqrt()
+    (text.states.sum() + image.features.sum() + text.features.sum()).backward()
+    for key, parameter in model.named_parameters():
+        if key != "logit_scale":
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all(), key
+
+
+def test_frozen_patch_embedding_gets_no_gradient(images: Tensor) -> None:
+    model = make_model()
+    model.freeze_patch_embedding()
+    model.encode_image(images).sum().backward()
+    assert isinstance(model.visual, VisionTransformer)
+    assert model.visual.conv1.weight.grad is None
+    assert model.visual.proj.grad is not None
+    with pytest.raises(DeclipError, match="image tower is a ResNet, which has none: choose a ViT"):
+        CLIP(get_model_config("test-rn")).freeze_patch_embedding()
+
+
 def test_normalized_features_have_unit_length(
     model: CLIP, images: Tensor, token_ids: Tensor
 ) -> None:
@@ -268,6 +447,11 @@ def test_wrong_inputs_are_refused_in_a_sentence(
         model.encode_text(too_long)
     with pytest.raises(ValueError, match="belong together: give both, or none"):
         model.forward_text(token_ids, mask_positions=token_ids > 5)
+    with pytest.raises(ValueError, match=r"\(4, 0\), but this tower takes"):
+        model.forward_text(token_ids[:, :0])
+    for wrong in (token_ids > 5)[:, :9], token_ids:
+        with pytest.raises(ValueError, match=r"must be torch.bool in the shape of .* \(4, 77\)"):
+            model.forward_text(token_ids, state_positions=wrong)
 
 
 def test_autocast_to_bfloat16_stays_near(model: CLIP, images: Tensor, token_ids: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""A small dataset with selection and neighbor table, for the trainer's tests."""
+"""A small dataset with selection, neighbor table and embeddings, for the trainer's tests."""
+
+import io
 
 import numpy as np
 import pyarrow as pa
@@ -35,3 +37,27 @@ def write_training_data(root, *, num_shards=2, samples_per_shard=24, image_size=
         }
         sidecars.write_table(store, layout.neighbors_path("captions", shard), pa.table(columns))
     return Store(str(root))
+
+
+def write_embeddings(store, *, name="captions", dim=16, dtype=np.float16, without=()):
+    """Random unit vectors of all captions in clip-retrieval's layout; returns them by key.
+
+    Keys in ``without`` have none.
+    """
+    rng = np.random.default_rng(1)
+    vectors: dict[str, np.ndarray] = {}
+    for shard in layout.list_shards(store):
+        rows = sidecars.read_rows(store, layout.shard_parquet_path(shard), ["key", "caption"])
+        rows = [row for row in rows if row["key"] not in without]
+        table = rng.normal(size=(len(rows), dim))
+        table = (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(dtype)
+        keys = [row["key"] for row in rows]
+        vectors.update(zip(keys, table, strict=True))
+        sink = io.BytesIO()
+        np.save(sink, table)
+        part = str(int(shard))
+        store.write_bytes(layout.embedding_path(name, "text_emb", part), sink.getbuffer())
+        columns = {"image_path": keys, "caption": [row["caption"] for row in rows], "key": keys}
+        path = layout.embedding_path(name, "metadata", part)
+        sidecars.write_table(store, path, pa.table(columns))
+    return vectors

@@ -123,6 +123,7 @@ def bar_chart(
     unit: str,
     reference: tuple[str, float] | None = None,
     decimals: int | None = None,
+    spreads: Sequence[float] | None = None,
 ) -> Markup:
     """Draw horizontal bars from zero, each with its label and value.
 
@@ -132,9 +133,11 @@ def bar_chart(
         unit: quantity and unit of the values.
         reference: (name, value) of a line across the bars, such as chance.
         decimals: digits behind the point of the values; short numbers by default.
+        spreads: for each bar how far a line goes to both sides of its end, such as a standard
+            deviation; the unit should name it.
 
     Raises:
-        ValueError: no bar, or a negative or non-finite value.
+        ValueError: no bar, a negative or non-finite value or spread, or not one spread a bar.
     """
     if not bars:
         raise ValueError("bars is empty: give at least one (label, value).")
@@ -143,8 +146,16 @@ def bar_chart(
             raise ValueError(f"The bar {label!r} is {value}, but bars start at 0 and go right.")
     if reference is not None and _finite(reference[1], "The reference line") < 0:
         raise ValueError(f"The reference line is at {reference[1]}, left of where bars start.")
-    texts = [short_number(v) if decimals is None else f"{v:,.{decimals}f}" for _, v in bars]
-    top = max([value for _, value in bars] + ([reference[1]] if reference else [])) or 1.0
+    around = _check_spreads(spreads, [label for label, _ in bars])
+
+    def number(value: float) -> str:
+        return short_number(value) if decimals is None else f"{value:,.{decimals}f}"
+
+    texts = [number(value) for _, value in bars]
+    if spreads is not None:
+        texts = [f"{text} ± {number(s)}" for text, s in zip(texts, around, strict=True)]
+    ends = [value + spread for (_, value), spread in zip(bars, around, strict=True)]
+    top = max(ends + ([reference[1]] if reference else [])) or 1.0
 
     def draw(width: int) -> Iterator[str]:
         beside = width == WIDE
@@ -165,7 +176,9 @@ def bar_chart(
             yield text_element(x, y + (18 if beside else 13), shown, anchor, "strong", full=label)
             length = max(axis(value) - left, 0.0)
             yield rect_element(left, bar_y, length, 17, "bar", f"{label}: {text}")
-            yield text_element(left + length + 7, bar_y + 13, text, "start", "strong")
+            if around[index]:
+                yield from _whisker(axis, value, around[index], bar_y + 8.5)
+            yield text_element(axis(ends[index]) + 7, bar_y + 13, text, "start", "strong")
         if reference is not None:
             x = axis(reference[1])
             # Labels above the bars would be crossed out by one line from top to bottom.
@@ -262,6 +275,30 @@ def histogram(
     )
     scale = "count, logarithmic axis" if log_y else "count"
     return responsive(title, f"{scale}; {summary}", summary, draw)
+
+
+def _check_spreads(spreads: Sequence[float] | None, labels: Sequence[str]) -> list[float]:
+    """One spread a bar, 0 where none is asked for."""
+    if spreads is None:
+        return [0.0] * len(labels)
+    if len(spreads) != len(labels):
+        raise ValueError(
+            f"spreads has {len(spreads)} values for {len(labels)} bars: give one each."
+        )
+    for label, spread in zip(labels, spreads, strict=True):
+        if _finite(spread, f"The spread of {label!r}") < 0:
+            raise ValueError(
+                f"The spread of {label!r} is {spread}, but it is a distance: 0 or more."
+            )
+    return list(spreads)
+
+
+def _whisker(axis: Axis, value: float, spread: float, y: float) -> Iterator[str]:
+    """A line from value - spread (or zero) to value + spread, with a stroke across each end."""
+    first, last = axis(max(value - spread, axis.low)), axis(value + spread)
+    yield line_element(first, y, last, y, "spread")
+    for x in (first, last):
+        yield line_element(x, y - 4, x, y + 4, "spread")
 
 
 def _check_series(

@@ -54,6 +54,30 @@ def check_features(features: NDArray[Any], name: str) -> NDArray[Any]:
     return array
 
 
+def check_scores(scores: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return `scores` as a real, finite (num_queries, num_candidates) array, or refuse them.
+
+    Raises:
+        ValueError: not two-dimensional, empty, not numbers, or not finite.
+    """
+    array = np.asarray(scores)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(
+            f"{name} has shape {array.shape}, but scores need shape (num_queries, num_candidates) "
+            "with at least one of each."
+        )
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has dtype {array.dtype}, but scores must be real numbers.")
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{name} has NaN or infinite values in {bad.size} of {array.shape[0]} rows (first: row "
+            f"{bad[0]}): the model diverged or overflowed; evaluate an earlier checkpoint or use "
+            "float32."
+        )
+    return array
+
+
 def check_labels(labels: NDArray[Any], num_rows: int, name: str) -> IntArray:
     """Return `labels` as int64 of shape (num_rows,), or refuse them.
 
@@ -102,15 +126,35 @@ def score_blocks(
     Yields:
         Scores of shape (rows of the block, num_candidates), float64 dot products.
     """
+    rows = _rows_a_block(gallery.shape[0], chunk_rows)
+    for start in range(0, queries.shape[0], rows):
+        yield start, queries[start : start + rows] @ gallery.T
+
+
+def blocks_of_rows(
+    scores: NDArray[Any], chunk_rows: int | None = None
+) -> Iterator[tuple[int, FloatArray]]:
+    """Yield (first query row, scores) of a matrix that is there already, as `score_blocks` does.
+
+    Args:
+        scores: (num_queries, num_candidates), any real dtype; each block is turned into float64
+            of its own, so that a float32 matrix is never doubled as a whole.
+        chunk_rows: queries a block; by default as many as fit into `SCORE_BYTES`.
+    """
+    rows = _rows_a_block(scores.shape[1], chunk_rows)
+    for start in range(0, scores.shape[0], rows):
+        yield start, scores[start : start + rows].astype(np.float64)
+
+
+def _rows_a_block(num_candidates: int, chunk_rows: int | None) -> int:
     if chunk_rows is None:
-        chunk_rows = max(1, SCORE_BYTES // (8 * gallery.shape[0]))
+        return max(1, SCORE_BYTES // (8 * num_candidates))
     if chunk_rows < 1:
         raise ValueError(
             f"chunk_rows is {chunk_rows}, but a block holds at least 1 query: raise it, or leave "
             "it out for a block of about 64 MiB."
         )
-    for start in range(0, queries.shape[0], chunk_rows):
-        yield start, queries[start : start + chunk_rows] @ gallery.T
+    return chunk_rows
 
 
 def rank_of_label(scores: FloatArray, labels: IntArray, tolerance: float) -> IntArray:
@@ -177,10 +221,46 @@ def top_matches(
     rows = np.empty((queries.shape[0], num_matches), dtype=np.int64)
     cosines = np.empty((queries.shape[0], num_matches), dtype=np.float64)
     for start, scores in score_blocks(normalize_rows(queries), candidates, chunk_rows):
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :num_matches]
-        rows[start : start + len(best)] = best
-        cosines[start : start + len(best)] = np.take_along_axis(scores, best, axis=1)
+        block = slice(start, start + len(scores))
+        rows[block], cosines[block] = _best(scores, num_matches)
     return rows, cosines
+
+
+def top_scores(
+    scores: NDArray[Any], num_matches: int, chunk_rows: int | None = None
+) -> tuple[IntArray, FloatArray]:
+    """Find the best candidates of each query by given scores; `top_matches` for models whose
+    scores are no product of two features.
+
+    Args:
+        scores: (num_queries, num_candidates), higher is better.
+        num_matches: candidates a query, at most num_candidates.
+        chunk_rows: queries a block, see `score_blocks`.
+
+    Returns:
+        Candidate rows (num_queries, num_matches) int64 and their scores, best first; candidates
+        of exactly equal score stand in their own order.
+
+    Raises:
+        ValueError: scores that are no finite matrix, or more matches than candidates.
+    """
+    table = check_scores(scores, "scores")
+    if not 1 <= num_matches <= table.shape[1]:
+        raise ValueError(
+            f"num_matches is {num_matches}, but there are {table.shape[1]} candidates: ask for 1 "
+            f"to {table.shape[1]}."
+        )
+    rows = np.empty((table.shape[0], num_matches), dtype=np.int64)
+    values = np.empty((table.shape[0], num_matches), dtype=np.float64)
+    for start, block_scores in blocks_of_rows(table, chunk_rows):
+        block = slice(start, start + len(block_scores))
+        rows[block], values[block] = _best(block_scores, num_matches)
+    return rows, values
+
+
+def _best(scores: FloatArray, num_matches: int) -> tuple[IntArray, FloatArray]:
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :num_matches]
+    return best.astype(np.int64, copy=False), np.take_along_axis(scores, best, axis=1)
 
 
 def check_same_dim(

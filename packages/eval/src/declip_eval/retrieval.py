@@ -12,7 +12,7 @@ rises with the number of its images; `chance_retrieval` gives that level exactly
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,10 @@ from declip_eval.ranking import (
     TIE_TOLERANCE,
     FloatArray,
     IntArray,
+    blocks_of_rows,
     check_features,
     check_same_dim,
+    check_scores,
     normalize_rows,
     rank_of_best_positive,
     score_blocks,
@@ -81,6 +83,49 @@ def retrieval(
         ValueError: shapes that do not fit, NaN, a sample without a partner, or a k out of range.
     """
     ranks = retrieval_ranks(image_features, text_features, image_to_texts, chunk_rows=chunk_rows)
+    return _recalls(ranks, recall_k)
+
+
+def retrieval_from_scores(
+    image_to_text: NDArray[Any],
+    text_to_image: NDArray[Any],
+    image_to_texts: Positives,
+    *,
+    recall_k: Sequence[int] = (1, 5, 10),
+    chunk_rows: int | None = None,
+) -> dict[str, float]:
+    """Score retrieval of a model whose scores are no product of two features, such as FILIP, whose
+    two directions have scores of their own (Yao et al. 2022, arXiv 2111.07783).
+
+    Args:
+        image_to_text: (num_images, num_texts), by which an image ranks texts: text retrieval.
+            Similarities within [-1, 1]; closer ones than `ranking.TIE_TOLERANCE` tie, and ties
+            count as misses.
+        text_to_image: (num_texts, num_images), by which a text ranks images: image retrieval.
+        image_to_texts, recall_k, chunk_rows: as in `retrieval`.
+
+    Returns:
+        What `retrieval` returns.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN, a sample without a partner, or a k out of range.
+    """
+    of_images = check_scores(image_to_text, "image_to_text")
+    of_texts = check_scores(text_to_image, "text_to_image")
+    if of_texts.shape != of_images.shape[::-1]:
+        raise ValueError(
+            f"image_to_text has shape {of_images.shape} and text_to_image {of_texts.shape}: the "
+            "second needs one row a text and one column an image."
+        )
+    image_of_pair, text_of_pair = _pairs_of_images(image_to_texts, *of_images.shape)
+    ranks = RetrievalRanks(
+        of_texts=_ranks(blocks_of_rows(of_texts, chunk_rows), text_of_pair, image_of_pair),
+        of_images=_ranks(blocks_of_rows(of_images, chunk_rows), image_of_pair, text_of_pair),
+    )
+    return _recalls(ranks, recall_k)
+
+
+def _recalls(ranks: RetrievalRanks, recall_k: Sequence[int]) -> dict[str, float]:
     ks = _check_recall_k(recall_k, len(ranks.of_images), len(ranks.of_texts))
     metrics = {f"image_retrieval_recall@{k}": float((ranks.of_texts < k).mean()) for k in ks}
     metrics |= {f"text_retrieval_recall@{k}": float((ranks.of_images < k).mean()) for k in ks}
@@ -98,16 +143,11 @@ def retrieval_ranks(
     images = check_features(image_features, "image_features")
     texts = check_features(text_features, "text_features")
     check_same_dim(images, texts, "image_features", "text_features")
-    if len(image_to_texts) != len(images):
-        raise ValueError(
-            f"image_to_texts has {len(image_to_texts)} entries for {len(images)} images: give one "
-            "list of text rows an image."
-        )
-    image_of_pair, text_of_pair = _positive_pairs(image_to_texts, len(texts))
+    image_of_pair, text_of_pair = _pairs_of_images(image_to_texts, len(images), len(texts))
     images, texts = normalize_rows(images), normalize_rows(texts)
     return RetrievalRanks(
-        of_texts=_ranks(texts, images, text_of_pair, image_of_pair, chunk_rows),
-        of_images=_ranks(images, texts, image_of_pair, text_of_pair, chunk_rows),
+        of_texts=_ranks(score_blocks(texts, images, chunk_rows), text_of_pair, image_of_pair),
+        of_images=_ranks(score_blocks(images, texts, chunk_rows), image_of_pair, text_of_pair),
     )
 
 
@@ -144,16 +184,13 @@ def _chance(num_positives: IntArray, num_candidates: int, k: int) -> float:
 
 
 def _ranks(
-    queries: FloatArray,
-    gallery: FloatArray,
-    query_of_pair: IntArray,
-    candidate_of_pair: IntArray,
-    chunk_rows: int | None,
+    blocks: Iterable[tuple[int, FloatArray]], query_of_pair: IntArray, candidate_of_pair: IntArray
 ) -> IntArray:
+    """Ranks of all queries, in order, from (first query, scores of some); every one has a pair."""
     order = np.argsort(query_of_pair, kind="stable")
     query_of_pair, candidate_of_pair = query_of_pair[order], candidate_of_pair[order]
-    ranks = np.empty(len(queries), dtype=np.int64)
-    for start, scores in score_blocks(queries, gallery, chunk_rows):
+    ranks = np.empty(int(query_of_pair[-1]) + 1, dtype=np.int64)
+    for start, scores in blocks:
         first, last = np.searchsorted(query_of_pair, [start, start + len(scores)])
         is_positive = np.zeros(scores.shape, dtype=bool)
         is_positive[query_of_pair[first:last] - start, candidate_of_pair[first:last]] = True
@@ -161,6 +198,17 @@ def _ranks(
             scores, is_positive, TIE_TOLERANCE
         )
     return ranks
+
+
+def _pairs_of_images(
+    image_to_texts: Positives, num_images: int, num_texts: int
+) -> tuple[IntArray, IntArray]:
+    if len(image_to_texts) != num_images:
+        raise ValueError(
+            f"image_to_texts has {len(image_to_texts)} entries for {num_images} images: give one "
+            "list of text rows an image."
+        )
+    return _positive_pairs(image_to_texts, num_texts)
 
 
 def _positive_pairs(image_to_texts: Positives, num_texts: int) -> tuple[IntArray, IntArray]:

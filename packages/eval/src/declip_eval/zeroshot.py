@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from declip_eval.ranking import (
     TIE_TOLERANCE,
+    FloatArray,
     IntArray,
+    blocks_of_rows,
     check_features,
     check_labels,
+    check_scores,
     normalize_rows,
     rank_of_label,
     score_blocks,
@@ -24,8 +27,12 @@ EncodeText = Callable[[list[str]], NDArray[Any]]
 """Takes n texts, returns their features (n, dim) as a numpy array; unit length is not needed."""
 
 
+ScoreTexts = Callable[[list[str]], NDArray[Any]]
+"""Takes n texts, returns the scores (num_images, n) of the same images with each of them."""
+
+
 class ZeroshotScores(NamedTuple):
-    """What `zeroshot_classification` returns."""
+    """What `zeroshot_classification` and `zeroshot_from_scores` return."""
 
     metrics: dict[str, float]
     """`acc1`, `acc5` (from 5 classes on) and `mean_per_class_recall`, fractions of 1."""
@@ -111,9 +118,96 @@ def zeroshot_classification(
             f"labels holds class {truth.max()}, but the classifier has {num_classes} classes (0 to "
             f"{num_classes - 1}): build it from the names of all classes."
         )
+    blocks = score_blocks(normalize_rows(images), weights, chunk_rows)
+    return _scores_of_blocks(blocks, truth, num_classes)
+
+
+def prompt_ensemble_scores(
+    score_texts: ScoreTexts,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
+) -> NDArray[np.float32]:
+    """Score images with classes where prompts have no mean feature: average the similarities.
+
+    FILIP compares an image with a prompt token by token and has no one vector a prompt, so its
+    ensemble is the mean of the prompts' final similarities, not of their embeddings (Yao et al.
+    2022, arXiv 2111.07783, on prompt ensembles).
+
+    Args:
+        score_texts: scores of the images with a list of prompts; called with the distinct prompts
+            of some classes at a time, so that the prompts of all classes are never held at once.
+        class_names: one name a class; class i is column i. Two classes of one name tie, and a tie
+            counts as wrong: a warning names them.
+        templates: each with one {} for the class name, see `declip_eval.templates`.
+        batch_size: most prompts a call; a class's own templates are one call even above it.
+
+    Returns:
+        (num_images, num_classes) float32 for `zeroshot_from_scores`.
+
+    Raises:
+        ValueError: no class, an empty name, a template without {}, or scores of another shape than
+            (num_images, number of prompts) or not finite.
+    """
+    names, templates = _check_names(class_names), check_templates(templates)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but a batch holds at least 1 prompt.")
+    classes_a_call = max(1, batch_size // len(templates))
+    columns: list[NDArray[np.float32]] = []
+    for start in range(0, len(names), classes_a_call):
+        some = names[start : start + classes_a_call]
+        prompts = [fill(template, name) for name in some for template in templates]
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        scores = check_scores(score_texts(list(distinct)), "The result of score_texts")
+        num_images = columns[0].shape[0] if columns else scores.shape[0]
+        if scores.shape != (num_images, len(distinct)):
+            raise ValueError(
+                f"score_texts returned shape {scores.shape} for {len(distinct)} prompts and "
+                f"{num_images} images: it must return one row an image and one column a prompt."
+            )
+        of_prompts = scores[:, [distinct[prompt] for prompt in prompts]]
+        of_classes = of_prompts.reshape(num_images, len(some), len(templates))
+        columns.append(of_classes.mean(axis=2, dtype=np.float64).astype(np.float32))
+    return np.concatenate(columns, axis=1)
+
+
+def zeroshot_from_scores(
+    scores: NDArray[Any], labels: NDArray[Any], *, chunk_rows: int | None = None
+) -> ZeroshotScores:
+    """Classify each image as the class of highest score; `zeroshot_classification` for models
+    whose scores are no product of two features, such as FILIP.
+
+    Args:
+        scores: (num_images, num_classes) of similarities within [-1, 1], such as means of cosines:
+            scores closer than `ranking.TIE_TOLERANCE` are ties, and ties count as wrong.
+        labels: (num_images,) integers, the true class of each image.
+        chunk_rows: images a block; about 64 MiB by default. Changes no result.
+
+    Returns:
+        What `zeroshot_classification` returns.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN, or a label that is no class.
+    """
+    table = check_scores(scores, "scores")
+    num_classes = table.shape[1]
+    truth = check_labels(labels, table.shape[0], "labels")
+    if truth.max() >= num_classes:
+        raise ValueError(
+            f"labels holds class {truth.max()}, but the scores are of {num_classes} classes (0 to "
+            f"{num_classes - 1}): score every class."
+        )
+    return _scores_of_blocks(blocks_of_rows(table, chunk_rows), truth, num_classes)
+
+
+def _scores_of_blocks(
+    blocks: Iterable[tuple[int, FloatArray]], truth: IntArray, num_classes: int
+) -> ZeroshotScores:
+    """Ranks, predictions and metrics from (first row, scores of some rows)."""
     ranks = np.empty(len(truth), dtype=np.int64)
     predicted = np.empty(len(truth), dtype=np.int64)
-    for start, scores in score_blocks(normalize_rows(images), weights, chunk_rows):
+    for start, scores in blocks:
         block = slice(start, start + len(scores))
         ranks[block] = rank_of_label(scores, truth[block], TIE_TOLERANCE)
         predicted[block] = predict_against_ties(scores, truth[block], ranks[block])

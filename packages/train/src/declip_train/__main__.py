@@ -63,7 +63,7 @@ def _train_here(settings: TrainSettings, quiet: bool) -> int:
     import deepspeed
     import torch
 
-    from declip_train.extension import use_prebuilt
+    from declip_train.extension import release_shared_memory, use_prebuilt
     from declip_train.loop import train
 
     torch.set_num_threads(settings.threads_per_rank)
@@ -72,6 +72,8 @@ def _train_here(settings: TrainSettings, quiet: bool) -> int:
         keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed(timeout=timedelta(minutes=10), verbose=False)
+    if use_extension:
+        release_shared_memory()
     stop.listen()
     try:
         return 0 if train(settings, stop, show_progress=not quiet) else STOPPED

@@ -1,8 +1,8 @@
 """Random views of images, and the one fixed view that evaluation takes.
 
 A view is a pure function of (seed, epoch, key, number of the view): how many processes train, how
-they share a batch, and where a run was interrupted change no pixel. What touches geometry runs per
-image in OpenCV, at the small size; what touches color runs over the whole batch.
+they share a batch, and where a run was interrupted change no pixel. A view is made from crop to
+normalization while it lies in the processor's cache, so any number of threads can make a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from declip_shards import DeclipError
-from declip_train.settings import ViewParameters
+from declip_train.views import ViewParameters
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the channels (red, green, blue) of [0, 1] images: OpenAI's, which exports name."""
@@ -40,17 +40,17 @@ cv2.setNumThreads(1)
 
 
 class ColorChoices(NamedTuple):
-    """Drawn color changes of a batch of N views; every array has N rows."""
+    """Drawn color changes of one view."""
 
     order: NDArray[np.int64]
-    """(N, 4): in which order brightness 0, contrast 1, saturation 2 and hue 3 change."""
+    """(4,): in which order brightness 0, contrast 1, saturation 2 and hue 3 change."""
     factors: NDArray[np.float32]
-    """(N, 4): three factors (1: unchanged) and the hue's shift in degrees (0: unchanged)."""
-    jitter: NDArray[np.bool_]
+    """(4,): three factors (1: unchanged) and the hue's shift in degrees (0: unchanged)."""
+    jitter: bool
     """Whether any of the above happens."""
-    gray: NDArray[np.bool_]
+    gray: bool
     """Whether color is removed."""
-    sigma: NDArray[np.float32]
+    sigma: float
     """Blur in pixels of the view; 0 for none."""
 
 
@@ -89,85 +89,76 @@ def crop_box(
 def draw_colors(
     draws: NDArray[np.float64], parameters: ViewParameters, image_size: int
 ) -> ColorChoices:
-    """Color choices of N views from their uniform numbers (N, draws)."""
-    rest = draws[:, _REST:]
-    spread = 2 * rest[:, 4:8] - 1
+    """Color choices of a view from its uniform numbers."""
+    rest = draws[_REST:]
+    spread = 2 * rest[4:8] - 1
     strengths = (parameters.brightness, parameters.contrast, parameters.saturation)
     factors = np.empty_like(spread)
-    factors[:, :3] = 1 + spread[:, :3] * np.array(strengths)
-    factors[:, 3] = spread[:, 3] * parameters.hue * 360
-    sigma = 0.1 + (parameters.blur_sigma_max - 0.1) * rest[:, 11]
-    blurred = rest[:, 10] < parameters.blur_probability
+    factors[:3] = 1 + spread[:3] * np.array(strengths)
+    factors[3] = spread[3] * parameters.hue * 360
+    sigma = 0.1 + (parameters.blur_sigma_max - 0.1) * rest[11]
+    blurred = rest[10] < parameters.blur_probability
     return ColorChoices(
-        order=np.argsort(rest[:, :4], axis=1, kind="stable"),
+        order=np.argsort(rest[:4], kind="stable"),
         factors=factors.astype(np.float32),
-        jitter=rest[:, 8] < parameters.jitter_probability,
-        gray=rest[:, 9] < parameters.gray_probability,
-        sigma=np.where(blurred, sigma * image_size / 224, 0).astype(np.float32),
+        jitter=bool(rest[8] < parameters.jitter_probability),
+        gray=bool(rest[9] < parameters.gray_probability),
+        sigma=float(np.float32(sigma * image_size / 224)) if blurred else 0.0,
     )
 
 
-def _luma(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Brightness (N, S, S, 1) of (N, S, S, 3); written out, since a matrix product's rounding
-    would depend on the size of the batch."""
-    red, green, blue = images[..., 0], images[..., 1], images[..., 2]
-    light: NDArray[np.float32] = red * np.float32(_LUMA[0])
-    light += green * np.float32(_LUMA[1])
-    light += blue * np.float32(_LUMA[2])
+def _luma(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Brightness (S, S, 1) of (S, S, 3)."""
+    light: NDArray[np.float32] = image[..., 0] * np.float32(_LUMA[0])
+    light += image[..., 1] * np.float32(_LUMA[1])
+    light += image[..., 2] * np.float32(_LUMA[2])
     return light[..., None]
 
 
-def _shift_hue(images: NDArray[np.float32], degrees: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn the hue of (N, S, S, 3) by (N,) degrees in HSV."""
-    num, size = images.shape[0], images.shape[1]
-    flat = np.ascontiguousarray(images).reshape(num * size, size, 3)
-    hsv = cv2.cvtColor(flat, cv2.COLOR_RGB2HSV).reshape(images.shape)
-    hsv[..., 0] = np.mod(hsv[..., 0] + degrees[:, None, None], np.float32(360))
-    back = cv2.cvtColor(hsv.reshape(num * size, size, 3), cv2.COLOR_HSV2RGB)
-    turned: NDArray[np.float32] = back.reshape(images.shape)
+def _shift_hue(image: NDArray[np.float32], degrees: np.float32) -> NDArray[np.float32]:
+    """Turn the hue of (S, S, 3) by up to half a turn, in HSV."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hue = hsv[..., 0] + degrees
+    # The remainder by 360, without a division: one turn more or less is all it can be.
+    hsv[..., 0] = hue + np.float32(360) * ((hue < 0).astype(np.float32) - (hue >= 360))
+    turned: NDArray[np.float32] = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     return turned
 
 
 def _jitter_once(
-    images: NDArray[np.float32], operation: int, amount: NDArray[np.float32]
+    image: NDArray[np.float32], operation: int, amount: np.float32
 ) -> NDArray[np.float32]:
-    """One of brightness 0, contrast 1, saturation 2, hue 3 on (N, S, S, 3) in [0, 1]."""
+    """One of brightness 0, contrast 1, saturation 2, hue 3 on (S, S, 3) in [0, 1], in place
+    where it can be."""
     if operation == 3:
-        return _shift_hue(images, amount)
-    factor = amount[:, None, None, None]
+        return _shift_hue(image, amount)
     if operation == 0:
-        changed = images * factor
+        image *= amount
     else:
-        ground = _luma(images)
+        ground: NDArray[np.float32] | np.float32 = _luma(image)
         if operation == 1:
-            ground = ground.mean(axis=(1, 2), keepdims=True)
-        changed = (images - ground) * factor + ground
-    return np.clip(changed, 0, 1, out=changed)
+            ground = ground.mean()
+        image -= ground
+        image *= amount
+        image += ground
+    return np.clip(image, 0, 1, out=image)
 
 
-def change_colors(images: NDArray[np.uint8], choices: ColorChoices) -> NDArray[np.float32]:
-    """Jitter, gray and blur of (N, S, S, 3) uint8; returns float32 in [0, 1]."""
-    views: NDArray[np.float32] = images.astype(np.float32) / np.float32(255)
-    for step in range(4):
-        for operation in range(4):
-            neutral = 0 if operation == 3 else 1
-            rows = np.flatnonzero(
-                choices.jitter
-                & (choices.order[:, step] == operation)
-                & (choices.factors[:, operation] != neutral)
-            )
-            if len(rows):
-                amount = choices.factors[rows, operation]
-                views[rows] = _jitter_once(views[rows], operation, amount)
-    rows = np.flatnonzero(choices.gray)
-    if len(rows):
-        views[rows] = _luma(views[rows])
-    for row in np.flatnonzero(choices.sigma):
-        sigma = float(choices.sigma[row])
-        # Narrower than this, the kernel's neighbors weigh less than half an 8-bit step.
-        if sigma > 0.3:
-            views[row] = cv2.GaussianBlur(views[row], (0, 0), sigma)
-    return views
+def change_colors(view: NDArray[np.uint8], choices: ColorChoices) -> NDArray[np.float32]:
+    """Jitter, gray and blur of (S, S, 3) uint8; returns float32 in [0, 1]."""
+    image: NDArray[np.float32] = view.astype(np.float32)
+    image /= np.float32(255)
+    if choices.jitter:
+        for operation in choices.order.tolist():
+            amount = choices.factors[operation]
+            if amount != (0 if operation == 3 else 1):
+                image = _jitter_once(image, operation, amount)
+    if choices.gray:
+        image[:] = _luma(image)
+    # Narrower than this, the kernel's neighbors weigh less than half an 8-bit step.
+    if choices.sigma > 0.3:
+        image = cv2.GaussianBlur(image, (0, 0), choices.sigma)
+    return image
 
 
 def decode_image(data: bytes, key: str) -> NDArray[np.uint8]:
@@ -198,32 +189,41 @@ def resize_crop(
     return view[:, ::-1] if flip else view
 
 
-def random_views(
-    images: Sequence[NDArray[np.uint8]],
-    keys: Sequence[str],
+def random_view(
+    image: NDArray[np.uint8],
+    key: str,
+    view: int,
     *,
     size: int,
     parameters: ViewParameters,
     seed: int,
     epoch: int,
-    num_views: int,
 ) -> NDArray[np.float32]:
-    """Random views of decoded images, as float32 (num_views, N, size, size, 3) in [0, 1].
+    """One random view of a decoded image: float32 (size, size, 3) in [0, 1].
+
+    Args:
+        image: (height, width, 3) uint8.
+        key: of the sample.
+        view: its number; different numbers of one sample are independent views.
+        size: side of the view, pixels.
+        parameters: how it is drawn.
+        seed: of the run.
+        epoch: pass over the data, from 0.
 
     Source: MoCo v2 (arXiv 2003.04297) for the set of that name.
     """
-    draws = np.empty((num_views, len(images), _NUM_DRAWS))
-    small = np.empty((num_views, len(images), size, size, 3), np.uint8)
-    for row, (image, key) in enumerate(zip(images, keys, strict=True)):
-        height, width = image.shape[:2]
-        for view in range(num_views):
-            draws[view, row] = numbers = view_draws(seed, epoch, key, view)
-            box = crop_box(numbers, height, width, parameters.crop_scale_min)
-            flip = bool(numbers[_REST + 12] < parameters.flip_probability)
-            small[view, row] = resize_crop(image, box, size, flip)
-    flat = small.reshape(-1, size, size, 3)
-    choices = draw_colors(draws.reshape(len(flat), _NUM_DRAWS), parameters, size)
-    return change_colors(flat, choices).reshape(small.shape)
+    height, width = image.shape[:2]
+    draws = view_draws(seed, epoch, key, view)
+    box = crop_box(draws, height, width, parameters.crop_scale_min)
+    flip = bool(draws[_REST + 12] < parameters.flip_probability)
+    return change_colors(resize_crop(image, box, size, flip), draw_colors(draws, parameters, size))
+
+
+def normalize_into(view: NDArray[np.float32], planes: NDArray[np.float32]) -> None:
+    """Write (size, size, 3) in [0, 1], normalized, into (3, size, size)."""
+    for channel in range(3):
+        np.subtract(view[..., channel], np.float32(IMAGE_MEAN[channel]), out=planes[channel])
+        planes[channel] /= np.float32(IMAGE_STD[channel])
 
 
 def to_tensor(views: NDArray[np.float32]) -> Tensor:

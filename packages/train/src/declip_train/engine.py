@@ -3,205 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from declip_shards import DeclipError
-from declip_train import losses
-from declip_train.heads import DeCLIPHeads
+from declip_train.compiling import compile_towers
+from declip_train.grad_cache import encode_parts, term_gradients
 from declip_train.loader import Batch
+from declip_train.methods import method_terms
+from declip_train.module import TrainModule, finish_metrics, forward_text_by_length
+from declip_train.optimizer import build_optimizer, learning_rate, parameter_groups
+from declip_train.precision import (
+    clamp_scale,
+    deepspeed_precision,
+    exact_batch_norm,
+    full_precision,
+    missing_loss_scale,
+    refuse_precision,
+)
 from declip_train.settings import TrainSettings
-from declip_train.towers import CLIP, TextOutput
+from declip_train.tokenwise_triton import refuse_unless_usable
+
+__all__ = [
+    "StepRecord",
+    "TrainEngine",
+    "TrainModule",
+    "deepspeed_config",
+    "forward_text_by_length",
+    "learning_rate",
+    "parameter_groups",
+]
 
 _NOT_TO_BE_SENT = "ds_optim_param"
-ROWS_PER_GROUP = 16
-"""Captions that share a length on CPUs; see :func:`forward_text_by_length`."""
-
-
-def forward_text_by_length(
-    clip: CLIP,
-    token_ids: Tensor,
-    *,
-    rows_per_group: int,
-    replaced: Tensor | None = None,
-    mask_embedding: Tensor | None = None,
-    need_hidden: bool = False,
-) -> TextOutput:
-    """The text tower in groups of captions of like length, each cut to its own longest.
-
-    A batch is as long as its longest caption, and most are far shorter; grouping saves about half
-    of the tower's work at small sizes. The results are those of one pass, up to rounding.
-
-    Args:
-        clip: the towers.
-        token_ids: (n, L) int64.
-        rows_per_group: captions in a group; n or more makes one pass of it.
-        replaced: (n, L) bool, where ``mask_embedding`` (width,) stands in.
-        need_hidden: whether to return the states too, (n, longest, width), zero behind each group's
-            own longest caption.
-    """
-    order = torch.argsort(token_ids.argmax(dim=1), stable=True)
-    parts = [
-        clip.forward_text(
-            token_ids[rows],
-            need_hidden=need_hidden,
-            mask_positions=None if replaced is None else replaced[rows],
-            mask_embedding=mask_embedding,
-        )
-        for rows in torch.split(order, rows_per_group)
-    ]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    features = torch.cat([part.features for part in parts])[back]
-    hidden: Tensor | None = None
-    if need_hidden:
-        states = [part.hidden for part in parts if part.hidden is not None]
-        longest = max(state.shape[1] for state in states)
-        padded = [F.pad(state, (0, 0, 0, longest - state.shape[1])) for state in states]
-        hidden = torch.cat(padded)[back]
-    return TextOutput(features=features, hidden=hidden)
-
-
-class TrainModule(nn.Module):
-    """Towers and heads; its forward pass gives the loss terms of a batch."""
-
-    def __init__(self, settings: TrainSettings) -> None:
-        super().__init__()
-        self.settings = settings
-        # Every process draws the same weights; nothing needs to be sent.
-        generator = torch.Generator().manual_seed(settings.seed)
-        self.clip = CLIP(settings.model_config, generator=generator)
-        self.heads: DeCLIPHeads | None = None
-        if settings.method == "declip":
-            self.heads = DeCLIPHeads(
-                settings.model_config,
-                projector_dim=settings.projector_dim,
-                predictor_hidden_dim=settings.predictor_hidden_dim,
-                generator=generator,
-            )
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms by name: scalars, this process's share (the mean over processes counts)."""
-        kind = batch.images.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "amp_bf16"):
-            if self.heads is None:
-                return self._clip_terms(batch)
-            return self._declip_terms(batch, self.heads)
-
-    def _clip_terms(self, batch: Batch) -> dict[str, Tensor]:
-        image_features, text_features, logit_scale = self.clip(batch.images[0], batch.token_ids)
-        return {"contrastive": losses.info_nce(image_features, text_features, logit_scale)}
-
-    def _declip_terms(self, batch: Batch, heads: DeCLIPHeads) -> dict[str, Tensor]:
-        """DeCLIP (arXiv 2110.05208): both image views in one pass; the masked caption gives the
-        feature of the first text view and the states of masked language modeling."""
-        assert batch.second_token_ids is not None
-        assert batch.neighbor_token_ids is not None
-        assert batch.mask_positions is not None
-        assert batch.targets is not None
-        images = self.clip.forward_image(batch.images.flatten(0, 1)).features
-        first, second = images.chunk(2)
-        # A GPU is not filled by small groups, and would wait for each one's length.
-        on_cpu = batch.images.device.type == "cpu"
-        rows = ROWS_PER_GROUP if on_cpu else batch.token_ids.shape[0]
-        masked = forward_text_by_length(
-            self.clip,
-            batch.token_ids,
-            rows_per_group=rows,
-            replaced=batch.replaced,
-            mask_embedding=heads.mask_embedding,
-            need_hidden=True,
-        )
-        other = forward_text_by_length(
-            self.clip, batch.second_token_ids, rows_per_group=rows
-        ).features
-        with torch.no_grad():
-            ids = batch.neighbor_token_ids
-            near = forward_text_by_length(self.clip, ids, rows_per_group=rows).features
-            neighbors = F.normalize(near, dim=-1)
-        scale = self.clip.logit_scale.exp()
-        image_views = [F.normalize(first, dim=-1), F.normalize(second, dim=-1)]
-        text_views = [F.normalize(masked.features, dim=-1), F.normalize(other, dim=-1)]
-        pairs = losses.multi_view_info_nce(
-            image_views[0], image_views[1], text_views[0], text_views[1], scale
-        )
-        (z1, p1), (z2, p2) = heads.project(first), heads.project(second)
-        assert masked.hidden is not None
-        return {
-            "contrastive": pairs.contrastive,
-            "multi_view": pairs.multi_view,
-            "simsiam": losses.simsiam(p1, z2, p2, z1),
-            "masked_language_modeling": losses.masked_language_modeling(
-                masked.hidden, batch.mask_positions, batch.targets, heads.mlm_head
-            ),
-            "neighbor": losses.neighbor_info_nce(
-                image_views, [neighbors], scale, batch.has_neighbor
-            ),
-        }
-
-
-def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
-    """Learning rate of ``step`` (from 0): linear warm-up, then a cosine to ``end_lr``.
-
-    With W warm-up steps and T steps, step 0 has ``start_lr``, step W - 1 the peak, step T - 1
-    nearly ``end_lr`` (CLIP, arXiv 2103.00020, section 2.5; DeCLIP's released schedule).
-    """
-    warmup = settings.warmup_steps
-    if step < warmup:
-        share = step / (warmup - 1) if warmup > 1 else 1.0
-        return settings.start_lr + (settings.peak_lr - settings.start_lr) * share
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    fall = (1 + math.cos(math.pi * progress)) / 2
-    return settings.end_lr + (settings.peak_lr - settings.end_lr) * fall
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups. Exempt from decay: biases of layers, gains of norms, the logit scale.
-
-    Packed attention biases, positions, classes, embeddings and projections do decay, as in the
-    released configurations of DeCLIP (CLIP's paper exempts all gains and biases).
-    """
-    exempt: set[int] = set()
-    for owner in module.modules():
-        if isinstance(owner, nn.LayerNorm | nn.BatchNorm1d):
-            exempt.update(id(p) for p in owner.parameters(recurse=False))
-        elif isinstance(owner, nn.Linear | nn.Conv2d) and owner.bias is not None:
-            exempt.add(id(owner.bias))
-    exempt.update(id(p) for name, p in module.named_parameters() if "logit_scale" in name)
-    decayed = [p for p in module.parameters() if id(p) not in exempt]
-    plain = [p for p in module.parameters() if id(p) in exempt]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+# Of the float16 loss scale: from 2^16 down to 1 takes 18 skipped steps in a row.
+_SKIPPED_STEPS_IN_A_ROW = 20
 
 
 def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own settings for this run."""
+    """DeepSpeed's own settings for this run.
+
+    Bucket sizes are in elements: 50 million are 200 MB of float32, one bucket for models up to
+    ViT-S and a bound on memory for large ones; ``benchmarks/deepspeed_overhead.py`` measures them.
+    """
+    steps = settings.accumulation_steps
     return {
-        "train_micro_batch_size_per_gpu": settings.global_batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": settings.global_batch_size // world_size // steps,
+        "gradient_accumulation_steps": steps,
         # None of these methods clips; left out, DeepSpeed would clip at a norm of 1.
         "gradient_clipping": 0.0,
         "train_batch_size": settings.global_batch_size,
         "zero_optimization": {
             "stage": settings.zero_stage,
-            # One bucket for a laptop's model, and a bound on memory for a large one.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
             "contiguous_gradients": settings.zero_stage == 2,
             "overlap_comm": False,
+            # Nobody reads the gradient's norm, and DeepSpeed takes it in float64: a tenth of a
+            # small model's step in stage 2. (Stage 0 refuses the setting, and takes none.)
+            **({"compute_grad_norm": False} if settings.zero_stage else {}),
         },
-        # The optimizer is torch's AdamW: the vectorized CPU path needs no compiler.
+        **deepspeed_precision(settings),
+        # The optimizers are torch's and ours: torch's vectorized CPU path needs no compiler.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
@@ -215,13 +84,45 @@ class StepRecord:
 
     terms: Mapping[str, float]
     """Mean of each loss term over processes, and their weighted sum as ``total``."""
+    metrics: Mapping[str, float]
+    """What else the method tells of the step; see ``module.finish_metrics``."""
     learning_rate: float
     logit_scale: float
-    """The factor, not its logarithm, that the step was computed with."""
+    """The factor, not its logarithm, that the step was computed with (method filip: the one of its
+    token features)."""
+    skipped: bool
+    """Whether the weights stayed as they were because gradients overflowed (bf16 and fp16)."""
     stop_asked: bool
     """Whether some process was asked to stop (SIGTERM)."""
     save_asked: bool
     """Whether some process finds that a checkpoint is due."""
+
+
+_Arrival = Callable[[float], StepRecord]
+"""Waits for a step's numbers; takes its learning rate."""
+
+
+class _Computation(nn.Module):
+    """What DeepSpeed takes for the model: it calls any function of the towers and heads.
+
+    With accumulated gradients, what runs under DeepSpeed's eyes is not the module's forward pass.
+    """
+
+    def __init__(self, module: TrainModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], object]) -> object:
+        return function()
+
+
+def _refuse_kernel(settings: TrainSettings, device: torch.device) -> None:
+    """Say before anything starts that the device cannot run the chosen kernel."""
+    if settings.tokenwise_kernel == "triton" and settings.method_parts.has("tokenwise"):
+        try:
+            refuse_unless_usable(device, torch.float32)
+        except ValueError as error:
+            raise DeclipError(f"tokenwise_kernel is triton, but {error}") from error
 
 
 class TrainEngine:
@@ -230,34 +131,55 @@ class TrainEngine:
     Args:
         settings: the run.
         num_steps: steps of the whole run, for the schedule.
+
+    Raises:
+        DeclipError: the device has no such precision, the compiler is missing, or the model has
+            nothing to freeze.
     """
 
     def __init__(self, settings: TrainSettings, num_steps: int) -> None:
         self.settings, self.num_steps = settings, num_steps
         self.world_size = dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
-        self.weights = dict(losses.method_terms(settings.method, settings.weighting))
+        refuse_precision(settings)
+        _refuse_kernel(settings, self.device)
+        self.weights = dict(method_terms(settings.method, settings.weighting))
         self.module = TrainModule(settings).to(self.device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, settings.weight_decay),
-            lr=settings.start_lr,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=True,
-        )
-        # DeepSpeed 0.19.8 sends the weights to all processes as bytes, and fails at a parameter
-        # without dimensions, as open_clip's logit scale is. This mark of "not to be sent" is true
-        # of all our weights: every process has drawn the same.
-        logit_scale = self.module.clip.logit_scale
-        setattr(logit_scale, _NOT_TO_BE_SENT, True)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=optimizer,
-            config=deepspeed_config(settings, self.world_size),
+        if settings.freeze_patch_embedding:
+            self.module.clip.freeze_patch_embedding()
+        if settings.grad_checkpointing:
+            self.module.clip.set_grad_checkpointing()
+        self.scales = [
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if name.rpartition(".")[2] == "logit_scale" and parameter.requires_grad
+        ]
+        self.deepspeed = self._start_deepspeed()
+        self._skipped_in_a_row = 0
+        exact_batch_norm(self.module)
+        self.module.train()
+        if settings.compile:
+            compile_towers(self.module.clip, checkpointed=settings.grad_checkpointing)
+
+    def _start_deepspeed(self) -> Any:
+        # DeepSpeed 0.19.8 sends the weights to all processes, one by one and as bytes, and fails at
+        # a parameter without dimensions, as open_clip's logit scale is. This mark of "not to be
+        # sent" is true of all our weights: every process has drawn the same.
+        parameters = list(self.module.parameters())
+        for parameter in parameters:
+            setattr(parameter, _NOT_TO_BE_SENT, True)
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=_Computation(self.module),
+            optimizer=build_optimizer(self.module, self.settings),
+            config=deepspeed_config(self.settings, self.world_size),
             dist_init_required=False,
         )
-        delattr(logit_scale, _NOT_TO_BE_SENT)
-        self.module.train()
+        for parameter in parameters:
+            delattr(parameter, _NOT_TO_BE_SENT)
+        # DeepSpeed's wrapper of stage 0 in half precision has taken a step without gradients; it
+        # moved nothing, but is counted in Adam's bias correction.
+        optimizer.state.clear()
+        return engine
 
     def train_step(
         self, batch: Batch, *, stop_asked: bool = False, save_asked: bool = False
@@ -265,62 +187,164 @@ class TrainEngine:
         """Forward, backward, update. What one process asks for, the record tells all of them.
 
         Raises:
-            DeclipError: a loss term is not finite on some process; nothing is updated.
+            DeclipError: a loss term is not finite on some process (on all processes, at the same
+                step; nothing is updated), or float16 overflows however small its loss scale.
         """
         batch = batch.to(self.device)
         rate = learning_rate(self.settings, batch.step, self.num_steps)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
-        terms = self.deepspeed(batch)
-        total = sum((self.weights[name] * term for name, term in terms.items()), torch.tensor(0.0))
-        record = self._share({**terms, "total": total}, rate, (stop_asked, save_asked))
+        wishes = (stop_asked, save_asked)
+        parts = self.settings.accumulation_steps
+        arrive = (
+            self._compute_at_once(batch, wishes)
+            if parts == 1
+            else self._compute_in_parts(batch, parts, wishes)
+        )
+        # The device computes gradients while the host waits for the losses alone.
+        record = arrive(rate)
         wrong = [name for name, value in record.terms.items() if not math.isfinite(value)]
         if wrong:
             raise DeclipError(
                 f"the loss term {wrong[0]!r} became {record.terms[wrong[0]]} at step {batch.step}; "
                 "lower peak_lr or raise warmup_steps; the last checkpoint is from before that."
             )
-        self.deepspeed.backward(total)
-        self.deepspeed.step()
-        self._clamp_logit_scale()
-        return record
+        skipped = self._update(batch.step)
+        for parameter in self.scales:
+            clamp_scale(
+                parameter,
+                full_precision(parameter, self.deepspeed.optimizer),
+                self.settings.logit_scale_min,
+                self.settings.logit_scale_max,
+            )
+        self.module.after_step()
+        return replace(record, skipped=True) if skipped else record
 
-    def _share(
-        self, terms: Mapping[str, Tensor], rate: float, asked: tuple[bool, bool]
-    ) -> StepRecord:
-        """Average the terms over processes in one small reduction, which also carries the wishes
-        to stop and to save, so that all processes take the same decision at the same step."""
-        scalars = [term.detach().float().reshape(()).to(self.device) for term in terms.values()]
-        packed = torch.stack(scalars + [torch.tensor(float(a), device=self.device) for a in asked])
-        dist.all_reduce(packed)
-        *means, stops, saves = packed.tolist()
-        return StepRecord(
-            terms={n: value / self.world_size for n, value in zip(terms, means, strict=True)},
-            learning_rate=rate,
-            logit_scale=float(self.module.clip.logit_scale.detach().exp()),
-            stop_asked=stops > 0,
-            save_asked=saves > 0,
+    def _compute_at_once(self, batch: Batch, wishes: tuple[bool, bool]) -> _Arrival:
+        terms, metrics = self.deepspeed(lambda: self.module(batch))
+        total = self._total(terms)
+        arrival = self._send({**terms, "total": total}, metrics, wishes)
+        self._backward(total)
+        return arrival
+
+    def _compute_in_parts(self, batch: Batch, parts: int, wishes: tuple[bool, bool]) -> _Arrival:
+        """Gradients of the whole batch by :mod:`grad_cache`; DeepSpeed's step is not taken yet."""
+        encoded = encode_parts(self.module, batch, parts)
+        terms, metrics = self.module.terms(encoded.features, batch)
+        total = self._total(terms)
+        arrival = self._send({**terms, "total": total}, metrics, wishes)
+        optimizer = self.deepspeed.optimizer
+        gradients = term_gradients(
+            total, encoded, self.module, float(getattr(optimizer, "loss_scale", 1.0))
         )
+        surrogates = gradients.surrogates(self.module)
+        for part in range(parts):
+            self._backward(self.deepspeed(lambda: next(surrogates)))
+            if part + 1 < parts:
+                # Not at DeepSpeed's boundary: it counts the part, and updates nothing.
+                self.deepspeed.step()
+        return arrival
 
-    @torch.no_grad()
-    def _clamp_logit_scale(self) -> None:
-        """Keep the logit scale in its interval, in DeepSpeed's own copy too.
+    def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
-        ZeRO updates its copy and overwrites the module's, so a clamp of the module alone would be
-        undone by the next step.
+    def _backward(self, loss: Tensor) -> None:
+        # The parts' gradients add up to the batch's: no mean over parts is to be taken. In stage 0
+        # DeepSpeed 0.19.8 takes one all the same, if it is given the very tensor that its forward
+        # pass returned; a product is another tensor.
+        scaled = loss * missing_loss_scale(self.deepspeed.optimizer)
+        self.deepspeed.backward(scaled, scale_wrt_gas=False)
+
+    def _update(self, step: int) -> bool:
+        """DeepSpeed's step; returns whether it was skipped because a gradient overflowed."""
+        fault: Exception | None = None
+        try:
+            self.deepspeed.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            fault = error
+        if fault is None and self.deepspeed.was_step_applied():
+            self._skipped_in_a_row = 0
+            return False
+        self._skipped_in_a_row += 1
+        if fault is not None or self._skipped_in_a_row > _SKIPPED_STEPS_IN_A_ROW:
+            raise DeclipError(
+                f"gradients in {self.settings.precision} are not finite at step {step}, nor were "
+                f"they in the {self._skipped_in_a_row - 1} steps before it, however small the loss "
+                "was made; lower peak_lr, or set precision to amp_bf16 or fp32."
+            ) from fault
+        return True
+
+    def _send(
+        self,
+        terms: Mapping[str, Tensor],
+        metrics: Mapping[str, Tensor],
+        wishes: tuple[bool, bool],
+    ) -> _Arrival:
+        """Average terms and metrics over processes in one small reduction, which also carries the
+        wishes to stop and to save, so that all processes take the same decision at the same step.
+
+        The numbers start on their way to the host here; the result waits for them.
         """
-        parameter = self.module.clip.logit_scale
-        low, high = self.settings.logit_scale_min, self.settings.logit_scale_max
-        value = float(parameter.detach())
-        clamped = min(max(value, low), high)
-        if clamped == value:
-            return
-        if self.settings.zero_stage > 0:
-            safe_set_full_fp32_param(parameter, torch.full_like(parameter, clamped))
-        parameter.fill_(clamped)
+        names = (*terms, *metrics)
+        values = [v.detach().float().reshape(()) for v in (*terms.values(), *metrics.values())]
+        values += [torch.full((), float(wish), device=self.device) for wish in wishes]
+        shared = torch.stack([value.to(self.device) for value in values])
+        dist.all_reduce(shared)
+        own = torch.stack([scale.detach().float().exp() for scale in self.scales])
+        numbers, event = torch.cat([shared, own]), None
+        if self.device.type == "cuda":
+            pinned = torch.empty(numbers.shape, pin_memory=True)
+            numbers = pinned.copy_(numbers, non_blocking=True)
+            event = torch.Event(self.device)
+            event.record()
+
+        def arrive(rate: float) -> StepRecord:
+            if event is not None:
+                event.synchronize()
+            found = numbers.tolist()
+            means = [value / self.world_size for value in found[: len(names)]]
+            stops, saves, scale, *others = found[len(names) :]
+            more = {"token_logit_scale": others[0]} if others else {}
+            averages = dict(zip(names[len(terms) :], means[len(terms) :], strict=True))
+            return StepRecord(
+                terms=dict(zip(terms, means[: len(terms)], strict=True)),
+                metrics={**finish_metrics(averages), **more},
+                learning_rate=rate,
+                logit_scale=scale,
+                skipped=False,
+                stop_asked=stops > 0,
+                save_asked=saves > 0,
+            )
+
+        return arrive
+
+    def require_finite_weights(self, step: int) -> None:
+        """Refuse to keep weights that a gradient has spoilt; call this before they are saved.
+
+        A loss can be finite and its gradient not. The weights are the same on all processes, so all
+        of them refuse.
+
+        Raises:
+            DeclipError: a parameter is not finite.
+        """
+        for name, parameter in self.module.named_parameters():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise DeclipError(
+                    f"the parameter {name!r} is not finite after step {step}, though the losses "
+                    "were; lower peak_lr or raise warmup_steps; the last checkpoint is from before "
+                    "that."
+                )
 
     def full_logit_scale(self) -> float:
         """Logarithm of the logit scale as the optimizer holds it; a collective operation."""
-        parameter = self.module.clip.logit_scale
-        value = safe_get_full_fp32_param(parameter) if self.settings.zero_stage > 0 else None
-        return float((parameter if value is None else value).detach())
+        parameter = self.scales[0]
+        copy = full_precision(parameter, self.deepspeed.optimizer)
+        if self.settings.zero_stage > 0:
+            # One process holds it; the others bring nothing.
+            own = torch.zeros(1, device=self.device) if copy is None else copy.detach().float()
+            shared = own.reshape(1).clone()
+            dist.all_reduce(shared)
+            return float(shared)
+        return float(parameter.detach() if copy is None else copy.detach())

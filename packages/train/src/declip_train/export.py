@@ -5,7 +5,10 @@ their own.
     FOLDER/open_clip_pytorch_model.bin   {"state_dict": towers, "aux_state_dict": heads,
     "provenance": scalars}
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads both. The same weights, settings
+Beside a text tower of transformers lie its config.json and its tokenizer's files, where open_clip
+looks for them.
+
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` reads them. The same weights, settings
 and provenance always give the same bytes.
 """
 
@@ -25,8 +28,10 @@ from torch import Tensor, nn
 
 from declip_shards import DeclipError
 from declip_shards.store import atomic_write
+from declip_train.hf_clip import HFTextCLIP, read_open_clip_config, text_model_files
+from declip_train.hf_text import HFTextConfig
 from declip_train.model_config import ModelConfig
-from declip_train.towers import CLIP
+from declip_train.towers import CLIP, TwoTowers
 
 Scalar = str | int | float | bool | None
 """What `torch.load(weights_only=True)` reads besides tensors."""
@@ -82,7 +87,7 @@ class PreprocessSettings:
 class LoadedExport(NamedTuple):
     """What an export holds."""
 
-    model: CLIP
+    model: TwoTowers
     """The towers, in evaluation mode, on the CPU."""
     aux_state_dict: dict[str, Tensor]
     """State of the heads; empty when the export has none."""
@@ -114,12 +119,12 @@ def _refuse_unhealthy(states: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def export_open_clip(
-    model: CLIP,
+    model: TwoTowers,
     heads: nn.Module | None,
     folder: Path | str,
     preprocess: PreprocessSettings,
     provenance: Mapping[str, Scalar],
-) -> tuple[Path, Path]:
+) -> tuple[Path, ...]:
     """Write a model as open_clip reads it.
 
     Args:
@@ -131,7 +136,7 @@ def export_open_clip(
             and nothing that changes from run to run if the bytes are to be the same.
 
     Returns:
-        Paths of the configuration and of the weights.
+        Paths of the configuration and of the weights; then those of a text model's files.
 
     Raises:
         DeclipError: weights that are not finite, or provenance that is no plain scalar (open_clip
@@ -149,19 +154,22 @@ def export_open_clip(
         "aux_state_dict": _plain_state(heads) if heads is not None else {},
     }
     _refuse_unhealthy(states)
-    config = {"model_cfg": model.config.to_open_clip(), "preprocess_cfg": asdict(preprocess)}
+    beside = text_model_files(model.text.config) if isinstance(model, HFTextCLIP) else {}
+    config = {"model_cfg": model.to_open_clip(), "preprocess_cfg": asdict(preprocess)}
     # torch.save names the archive's folder after the file; through a buffer, the bytes do not
     # depend on it.
     buffer = io.BytesIO()
     torch.save({**states, "provenance": dict(sorted(provenance.items()))}, buffer)
     target = Path(folder)
     config_path, weights_path = target / CONFIG_NAME, target / WEIGHTS_NAME
+    for name, content in beside.items():
+        atomic_write(target / name, content)
     atomic_write(weights_path, buffer.getvalue())
     atomic_write(config_path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("utf-8"))
-    return config_path, weights_path
+    return (config_path, weights_path, *(target / name for name in beside))
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, PreprocessSettings]:
+def _read_config(path: Path) -> tuple[ModelConfig, HFTextConfig | None, PreprocessSettings]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -174,7 +182,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, PreprocessSettings]:
         raise DeclipError(f"{path} has no 'model_cfg': give the folder of an export.")
     given = dict(config.get("preprocess_cfg", {}))
     known = {name: given[name] for name in asdict(PreprocessSettings()) if name in given}
-    return ModelConfig.from_open_clip(config["model_cfg"]), PreprocessSettings(**known)
+    model, text = read_open_clip_config(config["model_cfg"], path.parent)
+    return model, text, PreprocessSettings(**known)
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
@@ -198,9 +207,14 @@ def load_export(folder: Path | str) -> LoadedExport:
     Raises:
         DeclipError: a file is missing or damaged, or the weights do not fit the configuration.
     """
-    config, preprocess = _read_config(Path(folder) / CONFIG_NAME)
+    config, text, preprocess = _read_config(Path(folder) / CONFIG_NAME)
     content = _read_weights(Path(folder) / WEIGHTS_NAME)
-    model = CLIP(config, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    model: TwoTowers
+    if text is None:
+        model = CLIP(config, generator=generator)
+    else:
+        model = HFTextCLIP(config, text, generator)
     try:
         model.load_state_dict(content["state_dict"])
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import declip_shards
 from declip_shards import DeclipError
 from declip_shards.store import Store
-from declip_train.extension import ensure_built, extensions_folder
+from declip_train.extension import ensure_built, extensions_folder, sweep_shared_memory
 from declip_train.monitor import SECONDS_BETWEEN_LINES, read_last_record, summary_line
 from declip_train.settings import TrainSettings
 from declip_train.supervision import (
@@ -157,6 +157,7 @@ def launch(config: str | Path, settings: TrainSettings) -> None:
     environment[PARENT_VARIABLE] = f"{os.getpid()}:{process_start(os.getpid())}"
     if environment["DS_ACCELERATOR"] == "cpu":
         ensure_built()
+        sweep_shared_memory()
     command = launch_command(Path(config).resolve(), settings.num_ranks, free_port())
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous: Any = signal.SIG_DFL

@@ -22,9 +22,10 @@ from declip_train.augment import IMAGE_MEAN, IMAGE_STD
 from declip_train.checkpoint import Checkpoints, file_digest
 from declip_train.engine import TrainEngine
 from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.hf_clip import HFTextCLIP, text_model_digest
 from declip_train.loader import BatchLoader
 from declip_train.monitor import Monitor
-from declip_train.samples import TrainingSamples, load_samples
+from declip_train.samples import TrainingSamples, training_samples
 from declip_train.settings import TrainSettings
 from declip_train.supervision import GRACE_SECONDS, StopSwitch
 from declip_train.wordnet import WordNet
@@ -43,9 +44,11 @@ def say(line: str) -> None:
 def run_identity(settings: TrainSettings, samples: TrainingSamples) -> dict[str, Any]:
     """What the result of a run depends on."""
     return {
+        "method": settings.method,
         "settings": settings.digest(),
         "samples": samples.digest(),
         "wordnet": WordNet(settings.wordnet).digest() if settings.wordnet else "",
+        "text_model": text_model_digest(settings),
         "world_size": dist.get_world_size(),
         "backend": str(dist.get_backend()),
         "versions": f"declip_train {declip_train.__version__}, torch {version('torch')}, "
@@ -102,12 +105,7 @@ def prepare(settings: TrainSettings) -> Run:
     """Read the samples, build the model, open the folder of checkpoints."""
     folder = Store(settings.root).local_path(FOLDER)
     lock = hold_folder(folder)
-    samples = load_samples(
-        settings.root,
-        selection=settings.selection,
-        splits=settings.splits,
-        neighbors=settings.neighbors if settings.method == "declip" else None,
-    )
+    samples = training_samples(settings)
     identity = run_identity(settings, samples)
     loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size())
     checkpoints = Checkpoints(
@@ -155,14 +153,18 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
         if monitor is not None:
             numbers = {
                 **record.terms,
+                **record.metrics,
                 "logit_scale": record.logit_scale,
                 "learning_rate": record.learning_rate,
                 "epoch": step / loader.steps_per_epoch,
             }
+            if settings.precision in ("bf16", "fp16"):
+                numbers["skipped"] = float(record.skipped)
             monitor.step(step, numbers, loader.wait_seconds, settings.global_batch_size)
         every = settings.checkpoint_every_steps
         due = every is not None and step % every == 0
         if due or record.save_asked or record.stop_asked or step == num_steps:
+            engine.require_finite_weights(step)
             run.checkpoints.save(engine.deepspeed, step)
             saved_at = time.monotonic()
         if record.stop_asked:
@@ -181,8 +183,14 @@ def export(
 ) -> None:
     """Write the trained model, then the mark that names its bytes."""
     root = Path(Store(settings.root).local_path("."))
+    clip = engine.module.clip
+    if isinstance(clip, HFTextCLIP) and not clip.open_clip_reads_it:
+        say(
+            f"the export is in open_clip's form, but open_clip itself builds no text tower of kind "
+            f"{clip.text.kind}: it can be read by declip_train.export.load_export alone."
+        )
     paths = export_open_clip(
-        engine.module.clip,
+        clip,
         engine.module.heads,
         root / EXPORT,
         PreprocessSettings(
@@ -190,7 +198,6 @@ def export(
         ),
         {
             "model": settings.model,
-            "method": settings.method,
             "steps": step,
             "samples_seen": step * settings.global_batch_size,
             "seed": settings.seed,

@@ -1,118 +1,45 @@
-"""The loss terms of CLIP and DeCLIP, as functions of tensors, and the lists that make a method of
-them.
+"""The loss terms of the five methods, as functions of tensors.
 
 Features called `image_features` and `text_features` have unit length; a local batch has B rows, the
 batch of all processes N. Contrastive terms compare local rows with the columns of all processes,
 gathered with gradient, so that the mean over processes has the gradient of the whole batch (see
-`distributed`). Similarities are turned into probabilities in float32, or in float64 if
-the features have it.
+`distributed`). The matrix of logits is never whole: it is computed in tiles, where needed again in
+the backward pass (see `contrastive_blocks`), so no term's memory grows with B x N. Products are in
+the dtype of the features, or in autocast's; probabilities are in float32, or in float64 if the
+features have it. Contrastive terms can be differentiated once; create_graph=True is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from declip_shards import DeclipError
-from declip_shards.errors import did_you_mean
 from declip_train import distributed
+from declip_train.blocked_cross_entropy import Comparison, blocked_cross_entropy
+from declip_train.blocked_sigmoid import blocked_sigmoid
+from declip_train.contrastive_blocks import compute_dtype, full_precision
 
 __all__ = [
-    "METHODS",
-    "TERMS",
-    "WEIGHTINGS",
     "MultiViewLoss",
     "info_nce",
     "masked_language_modeling",
-    "method_terms",
     "multi_view_info_nce",
     "neighbor_info_nce",
+    "nt_xent",
+    "sigmoid_loss",
     "simsiam",
 ]
 
-TERMS = ("contrastive", "multi_view", "simsiam", "masked_language_modeling", "neighbor")
-"""Names of the terms, as logs and configurations have them."""
-METHODS = ("clip", "declip")
-WEIGHTINGS = ("released", "paper")
-_LATER_METHODS = ("slip", "filip", "defilip")
-
-_METHOD_TERMS: dict[tuple[str, str], tuple[tuple[str, float], ...]] = {
-    ("clip", "released"): (("contrastive", 1.0),),
-    ("clip", "paper"): (("contrastive", 1.0),),
-    ("declip", "released"): (
-        # 0.4 on the mean of the four pairs, of which the plain one is one and `multi_view` the mean
-        # of three.
-        ("contrastive", 0.1),
-        ("multi_view", 0.3),
-        ("simsiam", 0.2),
-        ("masked_language_modeling", 0.2),
-        ("neighbor", 0.2),
-    ),
-    ("declip", "paper"): (
-        ("contrastive", 0.4),
-        ("multi_view", 0.2),
-        ("simsiam", 0.2),
-        ("masked_language_modeling", 0.2),
-        ("neighbor", 0.2),
-    ),
-}
-
-
-def method_terms(method: str, weighting: str = "released") -> tuple[tuple[str, float], ...]:
-    """Return the terms of a method with their weights; a method is this list and nothing else.
-
-    Args:
-        method: "clip" or "declip".
-        weighting: "released" puts 0.4 on the mean of the four view pairs and 0.2 on each other
-            term, as the configurations released with DeCLIP do. "paper" follows the total loss of
-            DeCLIP (arXiv 2110.05208) with alpha = beta = gamma = 0.2: (1 - alpha - beta - gamma) on
-            the plain pair, alpha on each self-supervision, beta on the three other pairs, gamma on
-            the neighbors. The paper's text does not settle whether beta stands before their sum or
-            their mean; here it is the mean. "clip" has one term, and no weighting changes it.
-
-    Returns:
-        Pairs of a name in `TERMS` and its weight, in the order of `TERMS`.
-
-    Raises:
-        DeclipError: unknown method or weighting; the nearest name is offered.
-    """
-    if method in _LATER_METHODS:
-        raise DeclipError(
-            f"method {method!r} arrives with issue 3; choose {' or '.join(METHODS)} until then."
-        )
-    for kind, value, known in (("method", method, METHODS), ("weighting", weighting, WEIGHTINGS)):
-        if value not in known:
-            raise DeclipError(f"{kind} {value!r} is not known.{did_you_mean(value, known)}")
-    return _METHOD_TERMS[method, weighting]
-
-
-def _full_precision(logits: Tensor) -> Tensor:
-    """Half precision is too coarse for a softmax over a large batch; float64 stays what it is."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _own_columns(rows: int, device: torch.device) -> Tensor:
-    """Columns (rows,) in the gathered batch where the matches of the local rows stand."""
-    return torch.arange(rows, device=device) + distributed.rank() * rows
-
-
-def _cross_entropy(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
-    """Cross-entropies of V query views (V, B, D) against W key views (W, N, D), as (V, W, B).
-
-    One matrix product serves all V x W pairs of views; the loss of a pair is as if it had been
-    computed alone.
-    """
-    num_queries, rows, dim = queries.shape
-    num_keys, columns, _ = keys.shape
-    similarity = queries.reshape(-1, dim) @ keys.reshape(-1, dim).T
-    logits = _full_precision(logit_scale * similarity).view(num_queries, rows, num_keys, columns)
-    labels = _own_columns(rows, queries.device).view(1, rows, 1).expand(num_queries, rows, num_keys)
-    losses = F.cross_entropy(logits.reshape(-1, columns), labels.reshape(-1), reduction="none")
-    return losses.view(num_queries, rows, num_keys).transpose(1, 2)
+# Rows whose logits over the vocabulary exist at a time: 100 MB in float32 for 49,409 entries.
+_VOCABULARY_ROWS = 512
 
 
 def _refuse_unlike(**features: Tensor) -> None:
@@ -125,37 +52,102 @@ def _refuse_unlike(**features: Tensor) -> None:
         )
 
 
-def _pair_losses(images: Sequence[Tensor], texts: Sequence[Tensor], logit_scale: Tensor) -> Tensor:
+def _refuse_scalars(label_smoothing: float, hard_negative_beta: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, but must be at least 0 and below 1; 0 is none."
+        )
+    if not 0 <= hard_negative_beta < math.inf:
+        raise ValueError(
+            f"hard_negative_beta is {hard_negative_beta}, but must be a number of at least 0; 0 "
+            "weighs all negatives alike."
+        )
+
+
+def _to_compare(*features: Tensor) -> list[Tensor]:
+    """The features in the one dtype in which they will be multiplied, and travel before that."""
+    dtype = reduce(torch.promote_types, (compute_dtype(matrix) for matrix in features))
+    return [matrix.to(dtype) for matrix in features]
+
+
+def _own_column(rows: int) -> int:
+    """Column in the gathered batch where the match of the first local row stands."""
+    return distributed.rank() * rows
+
+
+def _pair_losses(
+    images: Sequence[Tensor],
+    texts: Sequence[Tensor],
+    logit_scale: Tensor,
+    label_smoothing: float,
+    hard_negative_beta: float,
+) -> Tensor:
     """Symmetric losses of all view pairs, as (num image views, num text views)."""
-    gathered = distributed.gather_features(*images, *texts)
-    all_images = torch.stack(gathered[: len(images)])
-    all_texts = torch.stack(gathered[len(images) :])
-    per_image = _cross_entropy(torch.stack(tuple(images)), all_texts, logit_scale)
-    per_text = _cross_entropy(torch.stack(tuple(texts)), all_images, logit_scale)
-    return (per_image.mean(dim=-1) + per_text.mean(dim=-1).T) / 2
+    _refuse_scalars(label_smoothing, hard_negative_beta)
+    local = _to_compare(*images, *texts)
+    num_images = len(images)
+    images, texts = local[:num_images], local[num_images:]
+    alone = distributed.world_size() == 1
+
+    def compare(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+        comparison = Comparison(
+            own_columns=(_own_column(queries[0].shape[0]),) * len(queries),
+            both_directions=alone,
+            label_smoothing=label_smoothing,
+            hard_negative_beta=hard_negative_beta,
+        )
+        return blocked_cross_entropy(queries, keys, logit_scale, comparison)
+
+    if alone:
+        # Both directions are read off one matrix.
+        return compare(images, texts)
+    everywhere = distributed.gather_features(*local)
+    per_image = compare(images, everywhere[num_images:])
+    per_text = compare(texts, everywhere[:num_images])
+    return (per_image + per_text.T) / 2
 
 
-def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    hard_negative_beta: float = 0.0,
+) -> Tensor:
     """Symmetric contrastive loss of matching pairs: L_CLIP.
 
     1/2 of the cross-entropy over texts given the image plus 1/2 of that over images given the text,
     the match being the same row. A batch of one gives 0; features that are all equal give ln N.
 
+    With `hard_negative_beta`, the soft-max's denominator counts negative j of row i
+    w[i, j] = (N - 1) exp(beta l[i, j]) / sum over k != i of exp(beta l[i, k]) times, where l are
+    the logits (cosine times `logit_scale`): hard negatives weigh more, and the mean weight is 1.
+
     Args:
         image_features: (B, D), unit length, this process's rows.
         text_features: (B, D), unit length, this process's rows.
         logit_scale: scalar factor on the cosines (already exponentiated).
+        label_smoothing: share of the target spread evenly over all N columns, in [0, 1), as
+            `torch.nn.functional.cross_entropy` does.
+        hard_negative_beta: concentration on negatives with large logits, at least 0.
 
     Returns:
         Scalar float32, the mean over local rows.
 
     Raises:
-        ValueError: the shapes differ, or there is no row.
+        ValueError: the shapes differ, there is no row, or an option is out of its range.
 
-    Source: CLIP (arXiv 2103.00020), figure 3; ConVIRT (arXiv 2010.00747), equations 2-4.
+    Source: CLIP (arXiv 2103.00020), figure 3; ConVIRT (arXiv 2010.00747), equations 2-4. Hard
+        negatives: HN-NCE (arXiv 2301.02280) with alpha = 1 and beta for both directions, after
+        Robinson et al. (arXiv 2010.04592), who sample negatives with a density proportional to
+        exp(beta f(x) f(x-)); without their correction for false negatives (tau+ = 0).
     """
     _refuse_unlike(image_features=image_features, text_features=text_features)
-    return _pair_losses([image_features], [text_features], logit_scale)[0, 0]
+    losses = _pair_losses(
+        [image_features], [text_features], logit_scale, label_smoothing, hard_negative_beta
+    )
+    return losses[0, 0]
 
 
 class MultiViewLoss(NamedTuple):
@@ -178,6 +170,9 @@ def multi_view_info_nce(
     text_features: Tensor,
     other_text_features: Tensor,
     logit_scale: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    hard_negative_beta: float = 0.0,
 ) -> MultiViewLoss:
     """Contrastive losses of two image views with two text views: L_CLIP and L_MVS.
 
@@ -187,12 +182,14 @@ def multi_view_info_nce(
         text_features: (B, D), unit length, first text view.
         other_text_features: (B, D), unit length, second text view.
         logit_scale: scalar factor on the cosines (already exponentiated).
+        label_smoothing: see `info_nce`.
+        hard_negative_beta: see `info_nce`.
 
     Returns:
         The plain pair's loss and the mean of the other three, scalars in float32.
 
     Raises:
-        ValueError: the shapes differ, or there is no row.
+        ValueError: the shapes differ, there is no row, or an option is out of its range.
 
     Source: DeCLIP (arXiv 2110.05208), multi-view supervision; L_MVS in figure 1 of CLIP-Benchmark
         (arXiv 2203.05796).
@@ -204,10 +201,44 @@ def multi_view_info_nce(
         other_text_features=other_text_features,
     )
     pairs = _pair_losses(
-        [image_features, other_image_features], [text_features, other_text_features], logit_scale
+        [image_features, other_image_features],
+        [text_features, other_text_features],
+        logit_scale,
+        label_smoothing,
+        hard_negative_beta,
     )
     return MultiViewLoss(
         contrastive=pairs[0, 0], multi_view=(pairs[0, 1] + pairs[1, 0] + pairs[1, 1]) / 3
+    )
+
+
+def sigmoid_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+) -> Tensor:
+    """Every image with every text is a question of its own: do the two match?
+
+    -log sigmoid(z (logit_scale cosine + logit_bias)) with z = 1 for a match and -1 for the others,
+    summed over all N texts. No soft-max, so one direction says everything.
+
+    Args:
+        image_features: (B, D), unit length, this process's rows.
+        text_features: (B, D), unit length, this process's rows.
+        logit_scale: scalar factor on the cosines (already exponentiated).
+        logit_bias: scalar added to the logits.
+
+    Returns:
+        Scalar float32, the mean over local rows of the sum over columns.
+
+    Raises:
+        ValueError: the shapes differ, or there is no row.
+
+    Source: SigLIP (arXiv 2303.15343), section 3.2 and algorithm 1.
+    """
+    _refuse_unlike(image_features=image_features, text_features=text_features)
+    images, texts = _to_compare(image_features, text_features)
+    (all_texts,) = distributed.gather_features(texts)
+    return blocked_sigmoid(
+        images, all_texts, logit_scale, logit_bias, own_column=_own_column(images.shape[0])
     )
 
 
@@ -215,7 +246,7 @@ def neighbor_info_nce(
     image_views: Sequence[Tensor],
     neighbor_views: Sequence[Tensor],
     logit_scale: Tensor,
-    has_neighbor: Tensor | None = None,
+    has_neighbor: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Contrastive loss of images with the nearest neighbors of their texts: L_NNS.
 
@@ -228,11 +259,13 @@ def neighbor_info_nce(
         neighbor_views: one or more (B, D), unit length; row i belongs to the pair of row i of the
             images.
         logit_scale: scalar factor on the cosines (already exponentiated).
-        has_neighbor: (B,) bool; rows without a neighbor neither ask nor answer. None: all have one.
+        has_neighbor: (B,) bool for all neighbor views, or one such mask for each; rows without a
+            neighbor neither ask nor answer. None: all have one.
 
     Returns:
-        Scalar float32. With `has_neighbor`, the mean is over the rows of all processes that have
-        one, scaled so that averaging over processes is right; 0 if none has.
+        Scalar float32. With `has_neighbor`, the mean of a pair of views is over the rows of all
+        processes that have a neighbor in that view, scaled so that averaging over processes is
+        right; a view in which none has one counts as 0.
 
     Raises:
         ValueError: no view, shapes that differ, or no row.
@@ -248,41 +281,81 @@ def neighbor_info_nce(
     named = {f"image_views[{i}]": view for i, view in enumerate(image_views)}
     named |= {f"neighbor_views[{i}]": view for i, view in enumerate(neighbor_views)}
     _refuse_unlike(**named)
-    images = torch.stack(tuple(image_views))
-    constants = [view.detach() for view in neighbor_views]
-    if has_neighbor is None:
-        neighbors = torch.stack(distributed.gather_features(*constants))
-        return _cross_entropy(images, neighbors, logit_scale).mean()
-    rows = images.shape[1]
-    if has_neighbor.shape != (rows,):
+    rows = image_views[0].shape[0]
+    masks = None
+    if has_neighbor is not None:
+        masks = _neighbor_masks(has_neighbor, rows, len(neighbor_views))
+    prepared = _to_compare(*image_views, *(view.detach() for view in neighbor_views))
+    images, neighbors = prepared[: len(image_views)], prepared[len(image_views) :]
+    own_columns = (_own_column(rows),) * len(images)
+    if masks is None:
+        all_neighbors = distributed.gather_features(*neighbors)
+        comparison = Comparison(own_columns=own_columns)
+        return blocked_cross_entropy(images, all_neighbors, logit_scale, comparison).mean()
+    # What stands in the place of an absent neighbor must not matter, were it NaN.
+    neighbors = [
+        view.masked_fill(~mask.unsqueeze(1), 0) for view, mask in zip(neighbors, masks, strict=True)
+    ]
+    # The flags travel as more columns of the features, so there is still one collective.
+    flags = masks.T.to(neighbors[0].dtype)
+    *everywhere, all_flags = distributed.gather_features(*neighbors, flags)
+    present = all_flags.T > 0
+    counts = present.sum(dim=1, keepdim=True).clamp(min=1)
+    comparison = Comparison(
+        own_columns=own_columns,
+        absent=~present,
+        row_weights=full_precision(flags.T) * distributed.world_size() / counts,
+    )
+    return blocked_cross_entropy(images, everywhere, logit_scale, comparison).mean()
+
+
+def _neighbor_masks(has_neighbor: Tensor | Sequence[Tensor], rows: int, num_views: int) -> Tensor:
+    """(num_views, rows) bool."""
+    masks = [has_neighbor] * num_views if isinstance(has_neighbor, Tensor) else [*has_neighbor]
+    if len(masks) != num_views:
         raise ValueError(
-            f"has_neighbor has shape {tuple(has_neighbor.shape)}, but must have ({rows},)."
+            f"Neighbor supervision was given {len(masks)} masks for {num_views} neighbor views: "
+            "give one for all of them, or one for each."
         )
-    # The flag travels as one more column of the features, so there is still one collective.
-    flags = has_neighbor.to(images.dtype).unsqueeze(1)
-    *all_neighbors, all_flags = distributed.gather_features(*constants, flags)
-    present = all_flags[:, 0] > 0
-    losses = _cross_entropy_with_gaps(images, torch.stack(all_neighbors), logit_scale, present)
-    total: Tensor = (losses.mean(dim=(0, 1)) * has_neighbor).sum()
-    return total * distributed.world_size() / present.sum().clamp(min=1)
+    for mask in masks:
+        if mask.shape != (rows,):
+            raise ValueError(
+                f"has_neighbor has shape {tuple(mask.shape)}, but must have ({rows},)."
+            )
+    return torch.stack(masks).bool()
 
 
-def _cross_entropy_with_gaps(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor, present: Tensor
-) -> Tensor:
-    """As `_cross_entropy`, where the keys that are not `present` (N,) are no possible answer.
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """Normalized temperature-scaled cross-entropy of two views of the same images: L_SimCLR.
 
-    A row's own key stays in even if absent, so that the row's loss, which the caller leaves out, is
-    a number all the same.
+    Each of the 2N projections asks; its answer is the other view of the same image, against all
+    2N - 2 others. A batch of one has no others, and gives 0.
+
+    Args:
+        z1: (B, k) projections of the first view, of any length: they are normalized here.
+        z2: (B, k) projections of the second view.
+        temperature: by which cosines are divided.
+
+    Returns:
+        Scalar float32, the mean over local rows of both views.
+
+    Raises:
+        ValueError: the shapes differ, there is no row, or the temperature is not positive.
+
+    Source: SimCLR (arXiv 2002.05709), equation 1 and algorithm 1; SLIP (arXiv 2112.12750) with
+        temperature 0.1.
     """
-    rows = queries.shape[1]
-    labels = _own_columns(rows, queries.device)
-    allowed = present.expand(rows, -1).clone()
-    allowed[torch.arange(rows, device=queries.device), labels] = True
-    logits = _full_precision(logit_scale * torch.einsum("vbd,wnd->vwbn", queries, keys))
-    log_probabilities = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
-    index = labels.view(1, 1, rows, 1).expand(*logits.shape[:-1], 1)
-    return -log_probabilities.gather(-1, index)[..., 0]
+    _refuse_unlike(z1=z1, z2=z2)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but must be a number above 0.")
+    rows = z1.shape[0]
+    units = (F.normalize(full_precision(z), dim=-1).to(z.dtype) for z in (z1, z2))
+    views = _to_compare(*units)
+    gathered = torch.cat(distributed.gather_features(*views))
+    first, num = _own_column(rows), rows * distributed.world_size()
+    comparison = Comparison(own_columns=(num + first, first), excluded_columns=(first, num + first))
+    scale = full_precision(views[0].new_empty(0)).new_tensor(1 / temperature)
+    return blocked_cross_entropy(views, [gathered], scale, comparison).mean()
 
 
 def simsiam(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
@@ -306,48 +379,55 @@ def simsiam(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
         self-supervision.
     """
     _refuse_unlike(p1=p1, z2=z2, p2=p2, z1=z1)
-    first = F.cosine_similarity(_full_precision(p1), _full_precision(z2.detach()), dim=-1)
-    second = F.cosine_similarity(_full_precision(p2), _full_precision(z1.detach()), dim=-1)
+    first = F.cosine_similarity(full_precision(p1), full_precision(z2.detach()), dim=-1)
+    second = F.cosine_similarity(full_precision(p2), full_precision(z1.detach()), dim=-1)
     return -(first.mean() + second.mean()) / 2
 
 
-def masked_language_modeling(
-    hidden: Tensor, mask_positions: Tensor, targets: Tensor, head: nn.Module
-) -> Tensor:
-    """Cross-entropy of the original tokens at the masked positions of the local batch: L_TSS.
+def masked_language_modeling(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Cross-entropy of the original tokens at the masked positions: L_TSS.
 
-    The vocabulary is large and masks are few, so the head runs on the masked positions alone.
+    The vocabulary is large: the head's logits exist for a few hundred positions at a time, and are
+    computed again in the backward pass if there are more.
 
     Args:
-        hidden: (B, T, width), states of the text tower after its last LayerNorm.
-        mask_positions: (B, L) bool with L >= T, where the token is to be predicted; columns from T
-            on lie behind the longest caption and hold no mask.
-        targets: (B, L) int64, original ids; read at the masked positions only.
-        head: maps (M, width) to (M, vocabulary).
+        states: (M, width), states of the text tower after its last LayerNorm at the masked
+            positions of the local batch.
+        targets: (M,) int64, original ids.
+        head: maps (m, width) to (m, vocabulary), each row by itself.
 
     Returns:
-        Scalar float32, the mean over masked positions. Nothing masked gives 0 with gradients of 0,
-        so every process still takes part in the reduction of the head's gradients.
+        Scalar float32: the sum over local masked positions, divided by the number of masked
+        positions of all processes and multiplied by the number of processes, so that the mean over
+        processes is the mean over masked positions. Nothing masked gives 0 with gradients of 0, so
+        every process still takes part in the reduction of the head's gradients.
 
     Raises:
         ValueError: the shapes do not fit.
 
     Source: DeCLIP (arXiv 2110.05208), text self-supervision; BERT (arXiv 1810.04805), section 3.1.
     """
-    length = hidden.shape[1] if hidden.ndim == 3 else -1
-    fits = mask_positions.ndim == 2 and mask_positions.shape[0] == hidden.shape[0]
-    if (
-        not fits
-        or not 0 <= length <= mask_positions.shape[1]
-        or mask_positions.shape != targets.shape
-    ):
+    if states.ndim != 2 or targets.shape != states.shape[:1]:
         raise ValueError(
-            f"Masked language modeling was given hidden states {tuple(hidden.shape)}, mask "
-            f"positions {tuple(mask_positions.shape)} and targets {tuple(targets.shape)}: they "
-            "must be (B, T, width), (B, L) and (B, L) with L at least T."
+            f"Masked language modeling was given states {tuple(states.shape)} and targets "
+            f"{tuple(targets.shape)}: they must be (M, width) and (M,)."
         )
-    chosen = mask_positions[:, :length]
-    logits = _full_precision(head(hidden[chosen]))
-    total: Tensor = F.cross_entropy(logits, targets[:, :length][chosen], reduction="sum")
-    mean: Tensor = total / max(1, logits.shape[0])
-    return mean
+
+    def summed(some_states: Tensor, some_targets: Tensor) -> Tensor:
+        return F.cross_entropy(full_precision(head(some_states)), some_targets, reduction="sum")
+
+    if states.shape[0] <= _VOCABULARY_ROWS:
+        total = summed(states, targets)
+    else:
+        blocks = [slice(i, i + _VOCABULARY_ROWS) for i in range(0, len(states), _VOCABULARY_ROWS)]
+        total = torch.stack(
+            [
+                checkpoint(summed, states[block], targets[block], use_reentrant=False)
+                for block in blocks
+            ]
+        ).sum()
+    world_size = distributed.world_size()
+    count = torch.tensor(states.shape[0], device=states.device)
+    if world_size > 1:
+        dist.all_reduce(count)
+    return total * world_size / count.clamp(min=1)

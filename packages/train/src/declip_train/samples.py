@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from declip_shards import DeclipError, Store, image_places, layout, sidecars
+from declip_train.settings import TrainSettings
+from declip_train.stored_features import StoredFeatures, load_stored_features
+
+_OPEN_TARS = 128
+"""Tars that stay open; a process may have about 1,000 files open, a dataset has more tars."""
+
+
+class _OpenFile:
+    """A file descriptor that is closed with its last user."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +55,10 @@ class TrainingSamples:
     """Local paths of the tars."""
     num_selected: int
     """Samples of the selection, before the splits were asked for."""
-    _files: dict[int, int] = field(default_factory=dict, repr=False)
+    stored: StoredFeatures | None = None
+    """Stored vectors of the neighbors' captions, where they were asked for."""
+    stored_rows: Sequence[int] | NDArray[np.int64] = ()
+    """Rows of ``stored``: those of all neighbors of the first sample, of the second, ..."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -44,19 +68,49 @@ class TrainingSamples:
         """Samples whose row of the neighbor table is empty."""
         return sum(not captions for captions in self.neighbor_captions)
 
+    @cached_property
+    def neighbor_starts(self) -> NDArray[np.int64]:
+        """(samples + 1,): where a sample's neighbors begin in ``stored_rows`` and in
+        ``neighbor_caption_ids``."""
+        counts = np.fromiter(map(len, self.neighbor_captions), np.int64, len(self))
+        return np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+
+    @cached_property
+    def _all_caption_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        numbers: dict[str, int] = {}
+
+        def ids(captions: Iterable[str]) -> NDArray[np.int64]:
+            return np.fromiter((numbers.setdefault(c, len(numbers)) for c in captions), np.int64)
+
+        own = ids(self.captions)
+        return own, ids(chain.from_iterable(self.neighbor_captions))
+
+    @property
+    def caption_ids(self) -> NDArray[np.int64]:
+        """(samples,): numbers that are equal where captions are, and only there."""
+        return self._all_caption_ids[0]
+
+    @property
+    def neighbor_caption_ids(self) -> NDArray[np.int64]:
+        """The neighbors' captions as such numbers, flat; see ``neighbor_starts``."""
+        return self._all_caption_ids[1]
+
+    @cached_property
+    def _open(self) -> Callable[[str], _OpenFile]:
+        return lru_cache(_OPEN_TARS)(_OpenFile)
+
     def read_image(self, index: int) -> bytes:
-        """Encoded bytes of a sample's picture.
+        """Encoded bytes of a sample's picture. Threads may call this at the same time.
 
         Raises:
             DeclipError: the tar has become shorter since it was listed.
         """
-        shard, size = self.shard_of[index], self.sizes[index]
-        if shard not in self._files:
-            self._files[shard] = os.open(self.tar_paths[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, self.offsets[index])
+        path, size = self.tar_paths[self.shard_of[index]], self.sizes[index]
+        file = self._open(path)
+        data = os.pread(file.number, size, self.offsets[index])
         if len(data) != size:
             raise DeclipError(
-                f"{self.tar_paths[shard]!r} was cut short during training at sample "
+                f"{path!r} was cut short during training at sample "
                 f"{self.keys[index]!r}; rerun ingest for this shard."
             )
         return data
@@ -67,6 +121,9 @@ class TrainingSamples:
         columns = (self.keys, self.captions, self.neighbor_captions, self.offsets, self.sizes)
         for row in zip(*columns, strict=True):
             digest.update(repr(row).encode("utf-8", "surrogatepass"))
+        if self.stored is not None:
+            digest.update(self.stored.digest().encode())
+            digest.update(np.asarray(self.stored_rows, np.int64).tobytes())
         return digest.hexdigest()
 
 
@@ -85,16 +142,28 @@ def _selected_keys(store: Store, shard: str, selection: str) -> set[str] | None:
 
 
 def _shard_rows(store: Store, shard: str, splits: Sequence[str]) -> list[dict[str, Any]]:
-    """Key, caption (and split) of a shard's successes."""
+    """Key, caption (and split) of a shard's successes; a missing caption is an empty one, as it
+    is for the embed step."""
     columns = ["key", "caption", "status", *(["split"] if splits else [])]
     rows = sidecars.read_rows(store, layout.shard_parquet_path(shard), columns)
-    return [row for row in rows if row["status"] == "success"]
+    return [row | {"caption": row["caption"] or ""} for row in rows if row["status"] == "success"]
+
+
+def _image_places(store: Store, shard: str, wanted: set[str]) -> list[tuple[str, int, int]]:
+    """Key, first byte and number of bytes of the wanted pictures of a shard."""
+    places = [place for place in image_places(store, shard) if place.key in wanted]
+    if len(places) != len(wanted):
+        raise DeclipError(
+            f"shard {shard} lists {len(wanted)} wanted samples but its tar holds {len(places)} of "
+            "them; rerun ingest for this shard."
+        )
+    return [(place.key, place.offset, place.size) for place in places]
 
 
 def _read_neighbors(
-    store: Store, name: str, shards: Sequence[str], captions: dict[str, str]
+    store: Store, name: str, shards: Sequence[str], captions: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """Neighbor captions by key. The table holds keys; captions are joined here."""
+    """Neighbor keys by key. The table holds keys alone; what belongs to them is joined later."""
     joined: dict[str, tuple[str, ...]] = {}
     for shard in shards:
         path = layout.neighbors_path(name, shard)
@@ -110,12 +179,51 @@ def _read_neighbors(
                     f"{path!r} names the neighbor {unknown[0]!r}, which no shard holds: the table "
                     "is of other shards; rerun the neighbors step."
                 )
-            joined[row["key"]] = tuple(captions[key] for key in row["neighbor_keys"])
+            joined[row["key"]] = tuple(row["neighbor_keys"])
     return joined
 
 
+def _read_stored(
+    store: Store, name: str, dim: int, neighbors: Sequence[tuple[str, ...]]
+) -> tuple[StoredFeatures, NDArray[np.int64]]:
+    """Stored features, and the rows of all neighbors in order."""
+    wanted = list(chain.from_iterable(neighbors))
+    stored, row_of = load_stored_features(store, name, dim=dim, wanted=set(wanted))
+    gone = next((key for key in wanted if key not in row_of), None)
+    if gone is not None:
+        raise DeclipError(
+            f"embeddings {name!r} have no vector of the neighbor {gone!r}: they are of other "
+            "samples than the neighbor table; rerun the embed step, or the index and neighbors "
+            "steps after it."
+        )
+    return stored, np.fromiter((row_of[key] for key in wanted), np.int64, len(wanted))
+
+
+def training_samples(settings: TrainSettings) -> TrainingSamples:
+    """The samples that a run trains on, with what its method asks of their neighbors.
+
+    Raises:
+        DeclipError: see :func:`load_samples`.
+    """
+    uses_stored = settings.uses_index and settings.neighbor_feature == "stored"
+    return load_samples(
+        settings.root,
+        selection=settings.selection,
+        splits=settings.splits,
+        neighbors=settings.neighbors if settings.uses_index else None,
+        neighbor_embeddings=settings.neighbor_embeddings if uses_stored else None,
+        embed_dim=settings.model_config.embed_dim,
+    )
+
+
 def load_samples(
-    root: str, *, selection: str, splits: Sequence[str] = (), neighbors: str | None = None
+    root: str,
+    *,
+    selection: str,
+    splits: Sequence[str] = (),
+    neighbors: str | None = None,
+    neighbor_embeddings: str | None = None,
+    embed_dim: int = 0,
 ) -> TrainingSamples:
     """List the training samples of a dataset folder.
 
@@ -124,9 +232,13 @@ def load_samples(
         selection: name of the selection; empty for every success.
         splits: values of the column ``split`` to keep; empty keeps all.
         neighbors: name of the neighbor table; None for none.
+        neighbor_embeddings: name of the embeddings that hold the neighbors' features; None where
+            their captions are all that is asked for.
+        embed_dim: size that these features must have.
 
     Raises:
-        DeclipError: a folder or table is missing, nothing is selected, or tables disagree.
+        DeclipError: a folder or table is missing, nothing is selected, tables disagree, or stored
+            features are of another size.
     """
     store = Store(root)
     shards = layout.list_shards(store)
@@ -144,13 +256,9 @@ def load_samples(
         wanted = {row["key"] for row in selected if not splits or row["split"] in splits}
         if not wanted:
             continue
-        places = [place for place in image_places(store, shard) if place.key in wanted]
-        if len(places) != len(wanted):
-            raise DeclipError(
-                f"shard {shard} lists {len(wanted)} wanted samples but its tar holds "
-                f"{len(places)} of them; rerun ingest for this shard."
-            )
-        chosen += [(place.key, number, place.offset, place.size) for place in places]
+        chosen += [
+            (key, number, first, size) for key, first, size in _image_places(store, shard, wanted)
+        ]
     if not chosen:
         what = f"selection {selection!r}" if selection else "the shards"
         raise DeclipError(
@@ -159,13 +267,19 @@ def load_samples(
         )
     table = _read_neighbors(store, neighbors, shards, all_captions) if neighbors else {}
     chosen.sort()
+    near = [table.get(key, ()) for key, *_ in chosen]
+    stored, stored_rows = None, np.empty(0, np.int64)
+    if neighbor_embeddings:
+        stored, stored_rows = _read_stored(store, neighbor_embeddings, embed_dim, near)
     return TrainingSamples(
         keys=[key for key, *_ in chosen],
         captions=[all_captions[key] for key, *_ in chosen],
-        neighbor_captions=[table.get(key, ()) for key, *_ in chosen],
+        neighbor_captions=[tuple(all_captions[key] for key in keys) for keys in near],
         shard_of=[number for _, number, _, _ in chosen],
         offsets=[offset for *_, offset, _ in chosen],
         sizes=[size for *_, size in chosen],
         tar_paths=[str(store.local_path(layout.tar_path(shard))) for shard in shards],
         num_selected=num_selected,
+        stored=stored,
+        stored_rows=stored_rows,
     )

@@ -14,82 +14,12 @@ from typing import Any, Literal
 from declip_shards import DeclipError
 from declip_shards.errors import did_you_mean
 from declip_shards.manifest import canonical_json, settings_of
+from declip_train.methods import Method, get_method
 from declip_train.model_config import ModelConfig, get_model_config
+from declip_train.settings_checks import check_settings, unread_settings
+from declip_train.views import AUGMENTATIONS, ViewParameters
 
 _UNHASHED = {"fingerprint": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewParameters:
-    """How a random view of an image is drawn; probabilities from 0 to 1."""
-
-    crop_scale_min: float
-    """Least share of the image's area that a crop keeps; the most is 1."""
-    jitter_probability: float
-    """Of changing brightness, contrast, saturation and hue, in random order."""
-    brightness: float
-    """Factor drawn from [1 - x, 1 + x]."""
-    contrast: float
-    """Factor drawn from [1 - x, 1 + x]."""
-    saturation: float
-    """Factor drawn from [1 - x, 1 + x]."""
-    hue: float
-    """Shift drawn from [-x, x], in turns of the color wheel; at most 0.5."""
-    gray_probability: float
-    """Of removing all color."""
-    blur_probability: float
-    """Of a Gaussian blur."""
-    blur_sigma_max: float
-    """Largest standard deviation of the blur in pixels of a 224-pixel view; smaller views scale it
-    down. The least is 0.1."""
-    flip_probability: float
-    """Of mirroring left and right."""
-
-
-AUGMENTATIONS: Mapping[str, ViewParameters] = {
-    # RandomResizedCrop and nothing else: the views of the CLIP baseline (method: SLIP's and
-    # DeCLIP's CLIP configurations).
-    "light": ViewParameters(
-        crop_scale_min=0.5,
-        jitter_probability=0.0,
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        gray_probability=0.0,
-        blur_probability=0.0,
-        blur_sigma_max=0.1,
-        flip_probability=0.0,
-    ),
-    # MoCo v2 (arXiv 2003.04297), which DeCLIP takes for both of its views.
-    "moco_v2": ViewParameters(
-        crop_scale_min=0.2,
-        jitter_probability=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        gray_probability=0.2,
-        blur_probability=0.5,
-        blur_sigma_max=2.0,
-        flip_probability=0.5,
-    ),
-    # For drawings whose captions name colors: crops that keep the subject, colors that stay
-    # themselves.
-    "demo": ViewParameters(
-        crop_scale_min=0.5,
-        jitter_probability=0.5,
-        brightness=0.3,
-        contrast=0.3,
-        saturation=0.2,
-        hue=0.02,
-        gray_probability=0.05,
-        blur_probability=0.1,
-        blur_sigma_max=2.0,
-        flip_probability=0.5,
-    ),
-}
-"""Named sets of view parameters; each value can be overridden by the setting of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +33,40 @@ class TrainSettings:
     splits: tuple[str, ...] = ()
     """Values of the shards' column `split` to train on; empty asks no such question."""
     neighbors: str = "captions"
-    """Name of the neighbor table (method declip)."""
+    """Name of the neighbor table (methods with neighbor supervision from the index)."""
     model: str = "ViT-B-32"
     """Name of the model's configuration."""
+    text_layers: int | None = None
+    """Depth of the text tower; unset: the model's own."""
+    text_model: str | None = None
+    """Text tower of transformers in place of the model's: folder of a BERT, RoBERTa or DistilBERT,
+    or its name on the hub; its weights are where training starts."""
     image_size: int | None = None
     """Side of the square views in pixels; must be the model's, which is the default."""
     method: str = "declip"
-    """Loss terms: declip or clip."""
+    """Loss terms: clip, slip, filip, declip or defilip."""
     weighting: Literal["released", "paper"] = "released"
-    """Weights of declip's terms: as in the released code, or as in the paper."""
-    neighbor_source: str = "index"
-    """Where neighbor captions come from: index (the neighbor table)."""
-    neighbor_choice: Literal["top1", "sample"] = "top1"
-    """The nearest caption of the table, or each epoch one drawn from the row."""
+    """Weights of declip's and defilip's terms: as in the released code, or as in the paper."""
+    contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss of image-text pairs: InfoNCE, or SigLIP's sigmoid loss (methods clip and slip)."""
+    label_smoothing: float = 0.0
+    """Share of the contrastive target that is spread over the whole batch."""
+    hard_negative_beta: float = 0.0
+    """How strongly similar negatives of the contrastive terms weigh more; 0 weighs all alike."""
+    neighbor_source: Literal["index", "bank"] = "index"
+    """Where neighbors come from: index (the neighbor table) or bank (a queue of text features)."""
+    bank_size: int = 65_536
+    """Text features that the bank holds."""
+    neighbor_choice: Literal["rank", "sample"] = "rank"
+    """Of the table's row: the neighbor of a fixed rank, or each epoch one drawn from the row."""
+    neighbor_rank: int = 1
+    """Rank for neighbor_choice rank, 1 the nearest; a shorter row gives its last."""
+    neighbor_top_k: int | None = None
+    """Neighbors to draw from for neighbor_choice sample; unset: the whole row."""
+    neighbor_feature: Literal["caption", "stored"] = "caption"
+    """The neighbor's feature: its caption through today's text tower, or the stored embedding."""
+    neighbor_embeddings: str = "captions"
+    """Name of the embeddings for neighbor_feature stored; their size must be the model's."""
     mask_probability: float = 0.15
     """Share of caption tokens that masked language modeling chooses."""
     eda: bool = True
@@ -127,8 +78,27 @@ class TrainSettings:
     """Width of the SimSiam projector."""
     predictor_hidden_dim: int = 512
     """Width of the SimSiam predictor's hidden layer."""
-    augmentation: str = "moco_v2"
-    """Named set of view parameters: light, moco_v2 or demo."""
+    simclr_hidden_dim: int = 4096
+    """Width of the SimCLR projector's hidden layers (method slip)."""
+    simclr_dim: int = 256
+    """Size of SimCLR's projections (method slip)."""
+    simclr_temperature: float = 0.1
+    """Temperature of SimCLR's loss (method slip)."""
+    token_dim: int = 256
+    """Size of token features (methods filip and defilip)."""
+    image_token_fraction: float = 1.0
+    """Share of image tokens that token-wise alignment keeps (FILIP's paper: 0.25)."""
+    text_token_fraction: float = 1.0
+    """Share of text tokens that token-wise alignment keeps (FILIP's paper: 0.25)."""
+    tokenwise_kernel: Literal["blocked", "triton"] = "blocked"
+    """How token-wise similarities are computed: in blocks, or by a Triton kernel on a GPU, which
+    gives the same numbers and has been run in Triton's interpreter alone so far."""
+    batch_norm: Literal["local", "synchronized"] = "local"
+    """Batch norm of heads and of ResNet towers: over each process's rows, or over all."""
+    augmentation: str | None = None
+    """Named set of view parameters: light, moco_v2, slip_ssl or demo; unset: the method's own."""
+    ssl_augmentation: str = "moco_v2"
+    """Named set for the two self-supervised views of method slip."""
     crop_scale_min: float | None = None
     """Overrides the set: least share of the image's area that a crop keeps."""
     jitter_probability: float | None = None
@@ -163,22 +133,37 @@ class TrainSettings:
     """Learning rate at the end of the warm-up."""
     end_lr: float = 0.0
     """Learning rate at the end of the cosine."""
+    optimizer: Literal["adamw", "lamb", "sgd"] = "adamw"
+    """AdamW; LAMB (FILIP's paper); SGD with Nesterov momentum (DeCLIP on 88 million)."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay; biases, gains of norms and the logit scale are exempt."""
+    """Decoupled decay (sgd: added to the gradient), of what decay_exempt leaves."""
+    decay_exempt: Literal["modules", "vectors", "embeddings"] = "modules"
+    """Without decay: biases of layers, gains of norms and the logit scale (DeCLIP's code); every
+    parameter of one dimension (SLIP, open_clip); those and all embeddings (FILIP's paper)."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """Decay of the mean gradient; momentum of sgd."""
     beta2: float = 0.98
-    """AdamW's decay of the mean squared gradient."""
+    """Decay of the mean squared gradient."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Added to the root of the mean squared gradient."""
+    freeze_patch_embedding: bool = False
+    """Whether a ViT's patch convolution stays as drawn (DeCLIP's code; MoCo v3)."""
     logit_scale_min: float = 0.0
     """Least logarithm of the logit scale (DeCLIP's released configurations: 3)."""
     logit_scale_max: float = math.log(100.0)
     """Largest logarithm of the logit scale."""
-    zero_stage: int = 1
-    """What DeepSpeed splits over processes: 0 nothing, 1 optimizer state, 2 also gradients."""
-    precision: str = "fp32"
-    """Arithmetic of the towers, as open_clip names it: fp32, or amp_bf16 (weights stay float32)."""
+    zero_stage: int = 0
+    """What DeepSpeed splits over processes: 0 nothing (the fastest where memory is enough), 1
+    optimizer state, 2 also gradients."""
+    precision: Literal["fp32", "amp_bf16", "bf16", "fp16"] = "fp32"
+    """Arithmetic: fp32; amp_bf16 (weights stay float32); bf16 or fp16 (weights too, with float32
+    copies in DeepSpeed's optimizer; fp16 scales its loss)."""
+    accumulation_steps: int = 1
+    """Parts that a process computes its batch in; every sample still sees all negatives."""
+    grad_checkpointing: bool = False
+    """Whether the towers' blocks are computed again in the backward pass, to save memory."""
+    compile: bool = False
+    """Whether torch.compile is applied to the towers."""
     num_ranks: int = 1
     """Training processes on this machine: GPUs, or halves of the batch on CPUs."""
     threads_per_rank: int = 1
@@ -187,6 +172,9 @@ class TrainSettings:
     """Of weights, order, views and masks."""
     decoded_cache_megabytes: int = field(default=512, metadata=_UNHASHED)
     """Memory a process may spend on decoded images, MB; 0 decodes every time."""
+    loader_threads: int | None = field(default=None, metadata=_UNHASHED)
+    """Threads of each process that draw views; unset: with GPUs this machine's cores divided by
+    num_ranks, else threads_per_rank."""
     prefetch_batches: int = field(default=2, metadata=_UNHASHED)
     """Batches prepared ahead of the trainer."""
     log_every_steps: int = field(default=10, metadata=_UNHASHED)
@@ -199,27 +187,73 @@ class TrainSettings:
     """Newest checkpoints to keep while training; a finished run keeps its last alone."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_choices(self)
-        _check_numbers(self)
-        _check_schedule(self)
+        check_settings(self)
 
     @property
     def micro_batch_size(self) -> int:
+        """Samples of one process in one part of a step."""
+        return self.global_batch_size // self.num_ranks // self.accumulation_steps
+
+    @property
+    def local_batch_size(self) -> int:
         """Samples of one process in one step."""
         return self.global_batch_size // self.num_ranks
 
     @property
     def model_config(self) -> ModelConfig:
-        """Sizes of the towers."""
-        return get_model_config(self.model)
+        """Sizes of the towers, with this run's text tower and loss.
+
+        Raises:
+            DeclipError: the text model cannot be loaded.
+        """
+        config = get_model_config(self.model)
+        if self.text_layers is not None:
+            text = dataclasses.replace(config.text, layers=self.text_layers)
+            config = dataclasses.replace(config, text=text)
+        if self.text_model is not None:
+            # Loads transformers: not before somebody asks for the sizes.
+            from declip_train.hf_text import HFTextConfig, text_sizes
+
+            text = text_sizes(HFTextConfig(model=self.text_model))
+            config = dataclasses.replace(config, text=text)
+        if self.contrastive_loss == "sigmoid" and config.init_logit_bias is None:
+            # SigLIP (arXiv 2303.15343), section 3: scale 10 and bias -10 at first.
+            config = dataclasses.replace(
+                config, init_logit_bias=-10.0, init_logit_scale=math.log(10.0)
+            )
+        return config
+
+    @property
+    def method_parts(self) -> Method:
+        """What the method asks for."""
+        return get_method(self.method)
+
+    @property
+    def uses_index(self) -> bool:
+        """Whether the neighbor table is read."""
+        return self.method_parts.has("neighbor") and self.neighbor_source == "index"
+
+    @property
+    def uses_bank(self) -> bool:
+        """Whether neighbors come from the bank."""
+        return self.method_parts.has("neighbor") and self.neighbor_source == "bank"
+
+    @property
+    def ssl_view_parameters(self) -> ViewParameters:
+        """Of method slip's two self-supervised views."""
+        return AUGMENTATIONS[self.ssl_augmentation]
 
     @property
     def view_parameters(self) -> ViewParameters:
-        """The named set with this run's overrides."""
+        """The named set (else the method's own) with this run's overrides."""
         names = [f.name for f in dataclasses.fields(ViewParameters)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        return dataclasses.replace(AUGMENTATIONS[self.augmentation], **given)
+        name = self.augmentation or self.method_parts.augmentation
+        return dataclasses.replace(AUGMENTATIONS[name], **given)
+
+    def unread(self) -> dict[str, str]:
+        """Settings that change nothing in this run, with what would read each."""
+        return unread_settings(self)
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of the whole run over ``num_samples`` samples.
@@ -250,148 +284,6 @@ class TrainSettings:
     def to_json(self) -> bytes:
         """All settings as a configuration file; the inverse of :func:`read_settings`."""
         return canonical_json(settings_of(self, hashed_only=False))
-
-
-def _check_types(settings: TrainSettings) -> None:
-    """JSON has fewer types than Python: whole numbers stand for floats, lists for tuples."""
-    for f in dataclasses.fields(TrainSettings):
-        value, kind = getattr(settings, f.name), str(f.type)
-        if value is None:
-            good = "None" in kind
-        elif kind.startswith("bool"):
-            good = isinstance(value, bool)
-        elif kind.startswith("int"):
-            good = isinstance(value, int) and not isinstance(value, bool)
-        elif kind.startswith("float"):
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            good = good and math.isfinite(value)
-        elif kind.startswith("tuple"):
-            good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        else:
-            good = isinstance(value, str)
-        if not good:
-            raise DeclipError(f"{f.name} is {value!r}, but must be of type {kind}; correct it.")
-        if kind.startswith("float") and value is not None:
-            object.__setattr__(settings, f.name, float(value))
-        if kind.startswith("tuple"):
-            object.__setattr__(settings, f.name, tuple(value))
-
-
-def _check_choices(settings: TrainSettings) -> None:
-    for name, later in (("slip", 3), ("filip", 3), ("defilip", 3)):
-        if settings.method == name:
-            raise DeclipError(
-                f"method {name!r} arrives with issue {later}; choose declip or clip until then."
-            )
-    if settings.neighbor_source == "bank":
-        raise DeclipError(
-            "neighbor_source 'bank' (the queue of text features) arrives with issue 3; "
-            "choose 'index', the neighbor table."
-        )
-    choices: dict[str, tuple[str, ...]] = {
-        "method": ("declip", "clip"),
-        "weighting": ("released", "paper"),
-        "neighbor_source": ("index",),
-        "neighbor_choice": ("top1", "sample"),
-        "augmentation": tuple(AUGMENTATIONS),
-        "precision": ("fp32", "amp_bf16"),
-    }
-    for name, known in choices.items():
-        value = getattr(settings, name)
-        if value not in known:
-            raise DeclipError(f"{name} {value!r} is not known.{did_you_mean(value, known)}")
-    if settings.zero_stage not in (0, 1, 2):
-        raise DeclipError(f"zero_stage is {settings.zero_stage}, but must be 0, 1 or 2.")
-    model = settings.model_config
-    if settings.image_size not in (None, model.vision.image_size):
-        raise DeclipError(
-            f"image_size {settings.image_size} is not the {model.vision.image_size} pixels of "
-            f"model {settings.model!r}; leave it out, or choose a model of that size."
-        )
-    if settings.method == "declip" and not settings.neighbors:
-        raise DeclipError(
-            "neighbors is empty, but method declip needs a neighbor table; name one, or choose "
-            "method clip."
-        )
-
-
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "mask_probability": (0, 1),
-    "projector_dim": (1, math.inf),
-    "predictor_hidden_dim": (1, math.inf),
-    "crop_scale_min": (0.01, 1),
-    "jitter_probability": (0, 1),
-    "brightness": (0, 1),
-    "contrast": (0, 1),
-    "saturation": (0, 1),
-    "hue": (0, 0.5),
-    "gray_probability": (0, 1),
-    "blur_probability": (0, 1),
-    "blur_sigma_max": (0.1, 50),
-    "flip_probability": (0, 1),
-    "global_batch_size": (1, math.inf),
-    "max_steps": (1, math.inf),
-    "warmup_steps": (0, math.inf),
-    "start_lr": (0, math.inf),
-    "end_lr": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "beta1": (0, 0.999999),
-    "beta2": (0, 0.999999),
-    "num_ranks": (1, 1024),
-    "threads_per_rank": (1, 1024),
-    "seed": (0, 2**63 - 1),
-    "decoded_cache_megabytes": (0, math.inf),
-    "prefetch_batches": (1, 64),
-    "log_every_steps": (1, math.inf),
-    "checkpoint_every_steps": (1, math.inf),
-    "checkpoint_every_seconds": (0, math.inf),
-    "keep_checkpoints": (1, math.inf),
-}
-
-
-def _check_numbers(settings: TrainSettings) -> None:
-    for name, (least, most) in _RANGES.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise DeclipError(f"{name} is {value}, but must be {limit}; correct it.")
-    for name in ("epochs", "peak_lr", "eps"):
-        if getattr(settings, name) <= 0:
-            raise DeclipError(f"{name} is {getattr(settings, name)}, but must be above 0.")
-    if settings.logit_scale_min > settings.logit_scale_max:
-        raise DeclipError(
-            f"logit_scale_min {settings.logit_scale_min} is above logit_scale_max "
-            f"{settings.logit_scale_max}; swap or correct them."
-        )
-    if settings.global_batch_size % settings.num_ranks:
-        raise DeclipError(
-            f"global_batch_size {settings.global_batch_size} cannot be shared evenly by num_ranks "
-            f"{settings.num_ranks}; choose a multiple."
-        )
-    if settings.method == "declip" and settings.micro_batch_size < 2:
-        raise DeclipError(
-            f"global_batch_size {settings.global_batch_size} leaves {settings.micro_batch_size} "
-            "sample to each process, and SimSiam's batch norm needs 2; raise it."
-        )
-
-
-def _check_schedule(settings: TrainSettings) -> None:
-    for name in ("start_lr", "end_lr"):
-        if getattr(settings, name) > settings.peak_lr:
-            raise DeclipError(
-                f"{name} {getattr(settings, name)} is above peak_lr {settings.peak_lr}; "
-                "lower it, or raise the peak."
-            )
-    if settings.max_steps is not None and settings.warmup_steps >= settings.max_steps:
-        raise DeclipError(
-            f"warmup_steps {settings.warmup_steps} takes the whole run of max_steps "
-            f"{settings.max_steps}; lower it below that."
-        )
-    if settings.checkpoint_every_steps is None and settings.checkpoint_every_seconds == 0:
-        raise DeclipError(
-            "checkpoint_every_seconds is 0 and checkpoint_every_steps is unset, so a killed run "
-            "would start again from nothing; set one of them."
-        )
 
 
 def parse_settings(values: Mapping[str, Any], where: str) -> TrainSettings:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from declip_shards import Store, TaskStats
 from declip_train.settings import TrainSettings
@@ -18,6 +18,12 @@ EXPORT_FILES = (
     f"{FOLDER}/export/open_clip_config.json",
     f"{FOLDER}/export/open_clip_pytorch_model.bin",
 )
+
+
+def _export_files(mark: Mapping[str, Any]) -> list[str]:
+    """All files of the export that ``mark`` is of; a text model brings more than two."""
+    more = {f"{FOLDER}/export/{name}" for name in mark.get("files", {})} - {*EXPORT_FILES}
+    return [*EXPORT_FILES, *sorted(more)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class TrainModel(TrainSettings):
             mark = json.loads(store.read_bytes(MARK))
         except (FileNotFoundError, ValueError):
             return False
-        return mark.get("settings") == self.digest() and all(map(store.exists, EXPORT_FILES))
+        return mark.get("settings") == self.digest() and all(map(store.exists, _export_files(mark)))
 
     def worker(self) -> Callable[[str], TaskStats]:
         """Trains when called."""
@@ -50,17 +56,12 @@ class TrainModel(TrainSettings):
 
     def _run(self, task: str) -> TaskStats:
         from declip_train.launch import launch
-        from declip_train.samples import load_samples
+        from declip_train.samples import training_samples
 
         store = Store(self.root)
         store.check_writable()
         # Faults of the data are told here, before any process is started.
-        samples = load_samples(
-            self.root,
-            selection=self.selection,
-            splits=self.splits,
-            neighbors=self.neighbors if self.method == "declip" else None,
-        )
+        samples = training_samples(self)
         num_steps = self.num_steps(len(samples))
         plain = TrainSettings(
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}
@@ -72,14 +73,12 @@ class TrainModel(TrainSettings):
             num_in=samples.num_selected,
             num_out=len(samples),
             reasons={"other_split": dropped} if dropped else {},
-            files=[*EXPORT_FILES, MARK],
+            files=[*_export_files(json.loads(store.read_bytes(MARK))), MARK],
             volatile_files=self._volatile_files(store),
             extra={
                 "num_steps": num_steps,
                 "samples_seen": num_steps * self.global_batch_size,
-                "num_without_neighbor": samples.num_without_neighbor
-                if self.method == "declip"
-                else 0,
+                "num_without_neighbor": samples.num_without_neighbor if self.uses_index else 0,
             },
         )
 

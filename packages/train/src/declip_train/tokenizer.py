@@ -14,9 +14,10 @@ import html
 import importlib.util
 import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import ftfy
 import numpy as np
@@ -27,13 +28,16 @@ from tokenizers.models import BPE
 from declip_shards import DeclipError
 
 __all__ = [
+    "CLIP_MASK_RULES",
     "CONTEXT_LENGTH",
     "EOT_ID",
     "PAD_ID",
     "SOT_ID",
     "VOCAB_SIZE",
     "CaptionTokenizer",
+    "MaskRules",
     "MaskedTokens",
+    "Tokenizer",
     "find_vocabulary",
     "mask_tokens",
 ]
@@ -116,10 +120,101 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return [cast(tuple[str, str], tuple(line.split())) for line in lines]
 
 
-def clean_caption(caption: str) -> str:
-    """Repair broken Unicode, undo HTML entities twice, collapse white space, and lower the case."""
-    unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return " ".join(unescaped.split()).lower()
+@lru_cache(4)
+def _load_vocabulary(path: Path) -> tuple[BPE, list[str]]:
+    """The merges as an encoder, and the text of each id; built once for all tokenizers."""
+    merges = _read_merges(path)
+    letters = list(_byte_symbols().values())
+    tokens = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]
+    bpe = BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=merges,
+        end_of_word_suffix=_END_OF_WORD,
+    )
+    return bpe, tokens
+
+
+def repair_caption(caption: str) -> str:
+    """Repair broken Unicode, undo HTML entities twice, and collapse white space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+
+
+def require_text(caption: object) -> None:
+    """Refuse what is no caption.
+
+    Raises:
+        DeclipError: it is not text.
+    """
+    if not isinstance(caption, str):
+        raise DeclipError(
+            f"A caption is {caption!r} of type {type(caption).__name__}, but it must be text: drop "
+            "the sample, or turn it into a string."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRules:
+    """What masking must know of a vocabulary."""
+
+    vocab_size: int
+    special_ids: frozenset[int]
+    """Ids that are never chosen to be predicted, and never drawn to stand in for another."""
+    end_id: int | None
+    """What stands behind the first of these in a row is padding; None: padding has an id of its
+    own, which is special."""
+    hidden_id: int
+    """Written where a token is hidden."""
+
+    @cached_property
+    def drawable_ids(self) -> NDArray[np.int64]:
+        """Ids that may stand in for another, ascending."""
+        special = np.fromiter(self.special_ids, np.int64, len(self.special_ids))
+        return np.setdiff1d(np.arange(self.vocab_size), special)
+
+    def maskable(self, token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Where (batch, length) ids may be chosen.
+
+        Raises:
+            ValueError: a row has no end token.
+        """
+        inside = ~np.isin(token_ids, list(self.special_ids))
+        if self.end_id is not None:
+            ends_here = token_ids == self.end_id
+            if token_ids.ndim != 2 or not ends_here.any(axis=1).all():
+                raise ValueError(
+                    "A row of token ids has no end token: make them with CaptionTokenizer."
+                )
+            inside &= np.arange(token_ids.shape[1]) < ends_here.argmax(axis=1)[:, None]
+        return inside
+
+
+CLIP_MASK_RULES = MaskRules(
+    vocab_size=VOCAB_SIZE,
+    special_ids=frozenset({SOT_ID, EOT_ID}),
+    end_id=EOT_ID,
+    # The hidden id itself is wiped, so that a caller who forgets the mask embedding cannot leak the
+    # answer.
+    hidden_id=PAD_ID,
+)
+"""Of the standard vocabulary, which has no mask token: an embedding of the heads stands in."""
+
+
+class Tokenizer(Protocol):
+    """What the loader asks of a tokenizer."""
+
+    context_length: int
+    """Length of an uncut row, in tokens."""
+    mask_rules: MaskRules
+    """What masking must know of its vocabulary."""
+
+    def __call__(self, captions: str | Sequence[str], trim: bool = False) -> NDArray[np.int64]:
+        """int64 ids (number of captions, columns); `trim` cuts them to the longest caption."""
+
+    def lengths(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each row without padding: (batch,)."""
+
+    def decode(self, token_ids: Sequence[int] | NDArray[np.int64]) -> str:
+        """Text of token ids."""
 
 
 class CaptionTokenizer:
@@ -139,6 +234,8 @@ class CaptionTokenizer:
     Source: CLIP (arXiv 2103.00020), section 2.4; byte-level BPE (arXiv 1508.07909).
     """
 
+    mask_rules = CLIP_MASK_RULES
+
     def __init__(
         self, context_length: int = CONTEXT_LENGTH, vocabulary: Path | str | None = None
     ) -> None:
@@ -149,16 +246,9 @@ class CaptionTokenizer:
             )
         self.context_length = context_length
         self._given_vocabulary = vocabulary
-        merges = _read_merges(Path(vocabulary) if vocabulary is not None else find_vocabulary())
+        path = Path(vocabulary) if vocabulary is not None else find_vocabulary()
         self._symbols = _byte_symbols()
-        letters = list(self._symbols.values())
-        tokens = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]
-        self._bpe = BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=merges,
-            end_of_word_suffix=_END_OF_WORD,
-        )
-        self._tokens = tokens
+        self._bpe, self._tokens = _load_vocabulary(path)
         # Bound to the object instead of decorating the methods, or the caches would outlive their
         # tokenizer.
         self._word_ids: Callable[[str], tuple[int, ...]] = lru_cache(_REMEMBERED)(self._encode_word)
@@ -176,7 +266,7 @@ class CaptionTokenizer:
         return tuple(token.id for token in self._bpe.tokenize(spelled))
 
     def _encode_caption(self, caption: str) -> tuple[int, ...]:
-        words = _WORDS.findall(clean_caption(caption))
+        words = _WORDS.findall(repair_caption(caption).lower())
         return tuple(number for word in words for number in self._word_ids(word))
 
     def encode(self, caption: str) -> tuple[int, ...]:
@@ -185,11 +275,7 @@ class CaptionTokenizer:
         Raises:
             DeclipError: the caption is not text.
         """
-        if not isinstance(caption, str):
-            raise DeclipError(
-                f"A caption is {caption!r} of type {type(caption).__name__}, but it must be text: "
-                "drop the sample, or turn it into a string."
-            )
+        require_text(caption)
         return self._caption_ids(caption)
 
     def __call__(self, captions: str | Sequence[str], trim: bool = False) -> NDArray[np.int64]:
@@ -217,6 +303,11 @@ class CaptionTokenizer:
             row[: len(numbers)] = numbers
         return token_ids
 
+    def lengths(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each row of (batch, length) ids, start and end included: (batch,)."""
+        lengths: NDArray[np.int64] = token_ids.argmax(axis=1) + 1
+        return lengths
+
     def decode(self, token_ids: Sequence[int] | NDArray[np.int64]) -> str:
         """Text of token ids, up to the first end token; the start token says nothing.
 
@@ -243,32 +334,39 @@ class MaskedTokens(NamedTuple):
     """A batch of captions prepared for masked language modeling; every array is (batch, length)."""
 
     token_ids: NDArray[np.int64]
-    """Ids to feed the tower; 0 where `replaced` says that the mask embedding stands in."""
+    """Ids to feed the tower; the rules' hidden id where `replaced` says so."""
     replaced: NDArray[np.bool_]
-    """Where the mask embedding replaces the token's own."""
+    """Where the mask embedding, or token, replaces the token's own."""
     mask_positions: NDArray[np.bool_]
-    """Where the original token is to be predicted."""
+    """Where the original token is to be predicted; nowhere, if chance chose none."""
     targets: NDArray[np.int64]
     """The original ids."""
 
 
 def mask_tokens(
-    token_ids: NDArray[np.int64], probability: float, generator: np.random.Generator
+    token_ids: NDArray[np.int64],
+    probability: float,
+    generator: np.random.Generator | Sequence[np.random.Generator],
+    rules: MaskRules = CLIP_MASK_RULES,
 ) -> MaskedTokens:
     """Choose tokens to predict, and hide most of them.
 
     Each token between start and end is chosen with `probability`; of those chosen 80 % are replaced
     by the mask embedding, 10 % by a random token, and 10 % stay. Start, end and padding are never
     chosen and never drawn (DeCLIP draws them), so the end token is where it was and the caption's
-    feature is still read there.
+    feature is still read there. Short batches and low probabilities may choose nothing; that is a
+    batch like any other, whose loss has no term.
 
     Args:
         token_ids: int64 (batch, length), rows of start, tokens, end, padding.
         probability: share of tokens to choose, from 0 to 1; the published models have 0.15.
-        generator: source of all choices; equal generators make equal masks.
+        generator: source of all choices, equal generators make equal masks; or one for each row,
+            which makes a row's mask independent of the batch.
+        rules: of the vocabulary; the standard one if not given.
 
     Raises:
-        ValueError: the probability is outside 0 to 1, or a row has no end token.
+        ValueError: the probability is outside 0 to 1, a row has no end token, or there are more or
+            fewer generators than rows.
 
     Sources: BERT (arXiv 1810.04805), section 3.1; DeCLIP (arXiv 2110.05208), text self-supervision.
     """
@@ -277,20 +375,21 @@ def mask_tokens(
             f"The mask probability is {probability}, but it must be from 0 to 1: the published "
             "models have 0.15."
         )
-    ends_here = token_ids == EOT_ID
-    if token_ids.ndim != 2 or not ends_here.any(axis=1).all():
-        raise ValueError("A row of token ids has no end token: make them with CaptionTokenizer.")
-    ends = ends_here.argmax(axis=1)
-    places = np.arange(token_ids.shape[1])
-    inside = (places > 0) & (places < ends[:, None]) & (token_ids != SOT_ID)
-    chosen = inside & (generator.random(token_ids.shape) < probability)
-    fate = generator.random(token_ids.shape)
-    random_ids = generator.integers(0, SOT_ID, size=token_ids.shape, dtype=np.int64)
+    inside = rules.maskable(token_ids)
+    rows, length = token_ids.shape
+    if isinstance(generator, np.random.Generator):
+        draws = generator.random((rows, 3, length))
+    elif len(generator) == rows:
+        draws = np.array([one.random((3, length)) for one in generator]).reshape(rows, 3, length)
+    else:
+        raise ValueError(f"There are {len(generator)} generators for {rows} rows: give one each.")
+    choice, fate, other = draws[:, 0], draws[:, 1], draws[:, 2]
+    chosen = inside & (choice < probability)
+    ids = rules.drawable_ids
     replaced = chosen & (fate < 0.8)
-    fed = np.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, token_ids)
-    # The hidden id itself is wiped, so that a caller who forgets the mask embedding cannot leak the
-    # answer.
-    fed = np.where(replaced, PAD_ID, fed)
+    swapped = chosen & (fate >= 0.8) & (fate < 0.9)
+    fed = np.where(swapped, ids[(other * len(ids)).astype(np.int64)], token_ids)
+    fed = np.where(replaced, rules.hidden_id, fed)
     return MaskedTokens(
         token_ids=fed, replaced=replaced, mask_positions=chosen, targets=token_ids.copy()
     )
