@@ -1,11 +1,15 @@
 """Shared by all tests."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+# Before anything imports torch, and for the processes that tests start: test files run side by side
+# on as many cores as there are, and threads that wait for a core by spinning take it from the rest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Modules that tests hand to other processes (stages for Ray, stand-ins) must be importable there.
 for folder in ("pipelines", "train"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

@@ -1,6 +1,7 @@
 """Datasets for the filter's tests; modules that stages import in other processes are findable."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,14 @@ def indexed_root(embedded_root: str) -> str:
 @pytest.fixture
 def store(fake_root: str) -> Store:
     return Store(fake_root)
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """FAISS has two threads, as it has where nobody set OMP_NUM_THREADS (the tests do)."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    yield
+    faiss.omp_set_num_threads(before)

@@ -26,6 +26,8 @@ from declip_filter.index import (
 )
 from declip_shards import DeclipError, layout, read_samples, sidecars
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 def unit_rows(num: int, dim: int, seed: int = 0, num_centers: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)

@@ -19,6 +19,8 @@ from declip_filter.index import index_path, info_path, rows_path
 from declip_filter.neighbors import load_index
 from declip_shards import DeclipError, layout, sidecars
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 def tables(store, name="captions") -> dict[str, dict[str, Any]]:
     """key -> its row, over all shards."""

@@ -83,26 +83,24 @@ LOCAL = (
 
 
 def cases(processes: int) -> list[Case]:
-    """What so many processes compute."""
+    """What so many processes compute.
+
+    Each method and ZeRO stage, at once or in four parts: which of the two it is, alternates with
+    the method, the stage and the number of processes. So two and four processes together show
+    every method under every stage both at once and in parts.
+    """
     resnets = [RESNET._replace(zero_stage=stage) for stage in (0, 1, 2)]
     if processes == 1:
         plain = [*METHODS, RESNET, *(case._replace(accumulation_steps=4) for case in METHODS)]
         return list(dict.fromkeys([*plain, *(case.reference for case in LOCAL)]))
     several = [
-        case._replace(zero_stage=stage, accumulation_steps=parts)
-        for case in METHODS
+        case._replace(
+            zero_stage=stage, accumulation_steps=4 if (place + stage + processes // 2) % 2 else 1
+        )
+        for place, case in enumerate(METHODS)
         for stage in (0, 1, 2)
-        for parts in (1, 4)
     ]
-    if processes == 2:
-        return [*several, *resnets, *LOCAL]
-    # The bank is the same under every stage: four processes show it once at once, once in parts.
-    return [
-        case
-        for case in (*several, resnets[1])
-        if case.neighbor_source == "index"
-        or (case.zero_stage == 2) == (case.accumulation_steps > 1)
-    ]
+    return [*several, *resnets, *LOCAL] if processes == 2 else [*several, resnets[1]]
 
 
 @functools.cache

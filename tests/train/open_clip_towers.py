@@ -1,5 +1,6 @@
 """open_clip's towers beside ours: a script for a process of its own, as the stand-in for
-torchvision must not leak into other tests. Reads a request as JSON, prints the answer as JSON.
+torchvision must not leak into other tests. Reads a request as JSON, prints the answer as JSON, both
+with two parts:
 
     shapes: {name: model_cfg} -> {name: {"state": {key: shape}, "parameters": [key]}}
     parity: [{"config": model_cfg, "dtype": name, "rows": n}] -> [largest differences]
@@ -95,9 +96,8 @@ def parity(config: dict[str, Any], dtype: str, rows: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    answer: Any
-    if sys.argv[1] == "shapes":
-        answer = {name: shapes(config) for name, config in request.items()}
-    else:
-        answer = [parity(**case) for case in request]
+    answer = {
+        "shapes": {name: shapes(config) for name, config in request["shapes"].items()},
+        "parity": [parity(**case) for case in request["parity"]],
+    }
     json.dump(answer, sys.stdout)

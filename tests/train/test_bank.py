@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip_shards import DeclipError
@@ -21,9 +20,11 @@ from declip_train.bank import BankNeighbors, NeighborBank, neighbor_metrics
 
 if TYPE_CHECKING:
     from tests.train import bank_workers
+    from tests.train.several_processes import run_processes
 else:
-    # The name under which spawned processes find it, whatever pytest calls this module.
+    # The name under which other processes find it, whatever pytest calls this module.
     import bank_workers
+    from several_processes import run_processes
 
 DIM = 5
 Entry = tuple[Tensor, int, int]
@@ -272,7 +273,7 @@ def test_a_lookup_takes_a_block_of_memory_and_the_host_never_waits() -> None:
 @pytest.mark.distributed
 def test_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     processes = 2
-    spawn(bank_workers.run, args=(processes, str(tmp_path)), nprocs=processes)
+    run_processes(bank_workers.run, processes, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     for one in found:
         assert one.pop("refused") == (

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from declip_shards import DeclipError
 from declip_train.batch_norm import (
@@ -20,9 +19,11 @@ from declip_train.batch_norm import (
 
 if TYPE_CHECKING:
     from tests.train import batch_norm_workers
+    from tests.train.several_processes import run_processes
 else:
-    # The name under which spawned processes find it, whatever pytest calls this module.
+    # The name under which other processes find it, whatever pytest calls this module.
     import batch_norm_workers
+    from several_processes import run_processes
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     found = {}
     for processes in (2, 4):
         folder = tmp_path_factory.mktemp(f"processes_{processes}")
-        spawn(batch_norm_workers.run, args=(processes, str(folder)), nprocs=processes)
+        run_processes(batch_norm_workers.run, processes, str(folder))
         found[processes] = [
             torch.load(Path(folder) / f"{process}.pt", weights_only=True)
             for process in range(processes)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from declip_train.distributed import gather_features, rank, world_size
 
 if TYPE_CHECKING:
     from tests.train import gather_workers
+    from tests.train.several_processes import run_processes
 else:
-    # The name under which spawned processes find it, whatever pytest calls this module.
+    # The name under which other processes find it, whatever pytest calls this module.
     import gather_workers
+    from several_processes import run_processes
 
 
 def test_one_process_is_no_special_case() -> None:
@@ -38,7 +39,7 @@ def test_features_that_do_not_fit_are_refused_in_a_sentence() -> None:
 @pytest.mark.distributed
 def test_gradients_are_those_of_the_big_batch(tmp_path: Path) -> None:
     processes = 2
-    spawn(gather_workers.run, args=(processes, str(tmp_path)), nprocs=processes)
+    run_processes(gather_workers.run, processes, str(tmp_path))
     for process in range(processes):
         results = torch.load(tmp_path / f"{process}.pt", weights_only=True)
         for kind in gather_workers.LOSSES:

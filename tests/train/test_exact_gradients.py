@@ -10,20 +10,19 @@ accumulated batch one by one, and no switch makes that exact.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import start_processes
 
 if TYPE_CHECKING:
     from tests.train import exact_gradient_workers as workers
+    from tests.train.several_processes import run_processes
     from tests.train.training_data import write_training_data
 else:
     import exact_gradient_workers as workers
+    from several_processes import run_processes
     from training_data import write_training_data
 
 pytestmark = pytest.mark.distributed
@@ -42,21 +41,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Gradients]:
     folder = folder_of(tmp_path_factory)
     root = folder / "data"
     write_training_data(root)
-    before = dict(os.environ)
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    try:
-        # torch and DeepSpeed are imported once, and not once for each of seven processes.
-        multiprocessing.set_forkserver_preload(["torch", "deepspeed"])
-        for processes in (1, 2, 4):
-            start_processes(
-                workers.run,
-                args=(processes, str(root), str(folder)),
-                nprocs=processes,
-                start_method="forkserver",
-            )
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    for processes in (1, 2, 4):
+        run_processes(workers.run, processes, str(root), str(folder))
     return {n: torch.load(Path(folder) / f"{n}.pt", weights_only=True) for n in (1, 2, 4)}
 
 

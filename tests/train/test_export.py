@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,32 +42,34 @@ PROVENANCE: dict[str, Scalar] = {
 # Runs in a process of its own, because the stand-in for torchvision must not leak into other tests.
 OPEN_CLIP_SIDE = """
 import json, sys
+from pathlib import Path
 import numpy as np
 import torchvision_stand_in
 torchvision_stand_in.install()
 import open_clip, torch
 from PIL import Image
-folder = sys.argv[1]
-data = np.load(f"{folder}/inputs.npz")
-open_clip.add_model_config(f"{folder}/configs")
-for way, name, pretrained in (
-    ("local-dir", f"local-dir:{folder}/export", None),
-    ("name and path", "our-tiny", f"{folder}/export/open_clip_pytorch_model.bin"),
-):
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name, pretrained=pretrained, require_pretrained=True
-    )
-    assert type(model) is open_clip.CLIP, type(model)
-    model.eval()
-    with torch.no_grad():
-        images = model.encode_image(torch.from_numpy(data["images"])).numpy()
-        texts = model.encode_text(torch.from_numpy(data["token_ids"])).numpy()
-    tokens = open_clip.get_tokenizer("ViT-B-32")(json.load(open(f"{folder}/captions.json")))
-    picture = preprocess(Image.open(f"{folder}/picture.png")).numpy()
-    scale = model.logit_scale.detach().numpy()
-    bias = float("nan") if model.logit_bias is None else model.logit_bias.detach().numpy()
-    np.savez(f"{folder}/{way}.npz", images=images, texts=texts, tokens=tokens.numpy(),
-             picture=picture, logit_scale=scale, logit_bias=bias)
+for folder in sys.argv[1:]:
+    weights = f"{folder}/export/open_clip_pytorch_model.bin"
+    data = np.load(f"{folder}/inputs.npz")
+    open_clip.add_model_config(f"{folder}/configs")
+    for way, name, pretrained in (
+        ("local-dir", f"local-dir:{folder}/export", None),
+        ("name and path", f"our-{Path(folder).name}", weights),
+    ):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, require_pretrained=True
+        )
+        assert type(model) is open_clip.CLIP, type(model)
+        model.eval()
+        with torch.no_grad():
+            images = model.encode_image(torch.from_numpy(data["images"])).numpy()
+            texts = model.encode_text(torch.from_numpy(data["token_ids"])).numpy()
+        tokens = open_clip.get_tokenizer("ViT-B-32")(json.load(open(f"{folder}/captions.json")))
+        picture = preprocess(Image.open(f"{folder}/picture.png")).numpy()
+        scale = model.logit_scale.detach().numpy()
+        bias = float("nan") if model.logit_bias is None else model.logit_bias.detach().numpy()
+        np.savez(f"{folder}/{way}.npz", images=images, texts=texts, tokens=tokens.numpy(),
+                 picture=picture, logit_scale=scale, logit_bias=bias)
 """
 
 
@@ -93,38 +96,52 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels).resize((122, 160), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "logit_bias"), [("ViT-Ti-8-48", None), ("test-rn", None), ("test", -10.0)]
-)
-def test_open_clip_computes_our_features(
-    tmp_path: Path, picture: Image.Image, name: str, logit_bias: float | None
-) -> None:
-    model, heads = make_model(name, logit_bias=logit_bias)
-    settings = PreprocessSettings(
-        mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear"
-    )
-    config_path, _ = export_open_clip(model, heads, tmp_path / "export", settings, PROVENANCE)
+CASES: Mapping[str, float | None] = {"ViT-Ti-8-48": None, "test-rn": None, "test": -10.0}
+"""Models, and their SigLIP bias."""
+SETTINGS = PreprocessSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear")
+
+
+def write_case(folder: Path, picture: Image.Image, name: str) -> None:
+    """An export, and what the other side is to compute with it."""
+    model, heads = make_model(name, logit_bias=CASES[name])
+    config_path, _ = export_open_clip(model, heads, folder / "export", SETTINGS, PROVENANCE)
     size = model.config.vision.image_size
     images = np.random.default_rng(1).normal(size=(4, 3, size, size)).astype(np.float32)
-    token_ids = CaptionTokenizer()(CAPTIONS)
-    np.savez(tmp_path / "inputs.npz", images=images, token_ids=token_ids)
-    (tmp_path / "captions.json").write_text(json.dumps(CAPTIONS))
-    picture.save(tmp_path / "picture.png")
-    (tmp_path / "configs").mkdir()
+    np.savez(folder / "inputs.npz", images=images, token_ids=CaptionTokenizer()(CAPTIONS))
+    (folder / "captions.json").write_text(json.dumps(CAPTIONS))
+    picture.save(folder / "picture.png")
+    (folder / "configs").mkdir()
     model_cfg = json.loads(config_path.read_text())["model_cfg"]
-    (tmp_path / "configs" / "our-tiny.json").write_text(json.dumps(model_cfg))
+    (folder / "configs" / f"our-{name}.json").write_text(json.dumps(model_cfg))
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> Path:
+    """A folder of cases by name, each with what open_clip made of it: one process for all."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    for name in CASES:
+        write_case(folder / name, picture, name)
     subprocess.run(
-        [sys.executable, "-c", OPEN_CLIP_SIDE, str(tmp_path)],
+        [sys.executable, "-c", OPEN_CLIP_SIDE, *(str(folder / name) for name in CASES)],
         check=True,
         env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""},
     )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_open_clip_computes_our_features(answered: Path, picture: Image.Image, name: str) -> None:
+    model, _ = make_model(name, logit_bias=CASES[name])
+    folder, settings, size = answered / name, SETTINGS, model.config.vision.image_size
+    given = np.load(folder / "inputs.npz")
+    images, token_ids = given["images"], given["token_ids"]
     with torch.no_grad():
         our_images = model.encode_image(torch.from_numpy(images)).numpy()
         our_texts = model.encode_text(torch.from_numpy(token_ids)).numpy()
     assert min(np.abs(our_images).max(), np.abs(our_texts).max()) > 0.1
     for way in ("local-dir", "name and path"):
-        theirs = np.load(tmp_path / f"{way}.npz")
+        theirs = np.load(folder / f"{way}.npz")
         np.testing.assert_allclose(our_images, theirs["images"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(our_texts, theirs["texts"], atol=1e-5, rtol=0)
         np.testing.assert_array_equal(token_ids, theirs["tokens"])
@@ -137,7 +154,7 @@ def test_open_clip_computes_our_features(
     top = round((scaled.height - size) / 2)
     pixels = np.asarray(scaled.crop((0, top, size, top + size)), dtype=np.float32) / 255
     expected = (pixels - np.array(settings.mean)) / np.array(settings.std)
-    theirs_picture = np.load(tmp_path / "local-dir.npz")["picture"]
+    theirs_picture = np.load(folder / "local-dir.npz")["picture"]
     np.testing.assert_allclose(theirs_picture, expected.transpose(2, 0, 1), atol=1e-5)
 
 

@@ -274,24 +274,27 @@ def test_the_digest_is_of_what_training_starts_from(models, tmp_path):
 
 
 OPEN_CLIP = """
-import sys
+import os, sys
 # Loaded first: it would take the stand-in for the whole of torchvision.
 from transformers import AutoModel, BertModel, RobertaModel
 import torchvision_stand_in
 torchvision_stand_in.install()
 import open_clip, torch
-given = torch.load(sys.argv[1], weights_only=True)
-model, _, _ = open_clip.create_model_and_transforms("local-dir:.")
-assert type(model) is open_clip.CustomTextCLIP, type(model)
-ids = open_clip.get_tokenizer("local-dir:.")(given["captions"])
-with torch.no_grad():
-    answers = {
-        "ids": ids,
-        "texts": model.eval().encode_text(given["ids"]),
-        "images": model.encode_image(given["images"]),
-        "scale": model.logit_scale.detach(),
-    }
-torch.save(answers, sys.argv[2])
+for folder in sys.argv[1:]:
+    # An export names its text model's configuration by the working folder.
+    os.chdir(f"{folder}/export")
+    given = torch.load(f"{folder}/given.pt", weights_only=True)
+    model, _, _ = open_clip.create_model_and_transforms("local-dir:.")
+    assert type(model) is open_clip.CustomTextCLIP, type(model)
+    ids = open_clip.get_tokenizer("local-dir:.")(given["captions"])
+    with torch.no_grad():
+        answers = {
+            "ids": ids,
+            "texts": model.eval().encode_text(given["ids"]),
+            "images": model.encode_image(given["images"]),
+            "scale": model.logit_scale.detach(),
+        }
+    torch.save(answers, f"{folder}/found.pt")
 """
 
 
@@ -306,24 +309,28 @@ def environment_of(**others: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_open_clip_computes_our_features(models, tmp_path, kind):
-    clip = clip_of(models[kind], projection="mlp", pooler="cls_last_hidden_state_pooler")
-    export_open_clip(clip, None, tmp_path / "export", PreprocessSettings(), {})
-    ids, images = ids_of(clip), torch.randn(4, 3, 16, 16)
-    torch.save({"ids": ids, "images": images, "captions": CAPTIONS}, tmp_path / "given.pt")
+def test_open_clip_computes_our_features(models, tmp_path):
+    images, kinds = torch.randn(4, 3, 16, 16), ("bert", "roberta")
+    clips = {
+        kind: clip_of(models[kind], projection="mlp", pooler="cls_last_hidden_state_pooler")
+        for kind in kinds
+    }
+    for kind, clip in clips.items():
+        export_open_clip(clip, None, tmp_path / kind / "export", PreprocessSettings(), {})
+        given = {"ids": ids_of(clip), "images": images, "captions": CAPTIONS}
+        torch.save(given, tmp_path / kind / "given.pt")
     subprocess.run(
-        [sys.executable, "-c", OPEN_CLIP, tmp_path / "given.pt", tmp_path / "found.pt"],
+        [sys.executable, "-c", OPEN_CLIP, *(tmp_path / kind for kind in kinds)],
         check=True,
-        cwd=tmp_path / "export",
         env=environment_of(),
     )
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert torch.equal(found["ids"], ids)
-    with torch.no_grad():
-        assert_close(clip.encode_text(ids), found["texts"], rtol=0, atol=1e-5)
-        assert_close(clip.encode_image(images), found["images"], rtol=0, atol=1e-5)
-    assert_close(clip.logit_scale.detach(), found["scale"], rtol=0, atol=0)
+    for kind, clip in clips.items():
+        ids, found = ids_of(clip), torch.load(tmp_path / kind / "found.pt", weights_only=True)
+        assert torch.equal(found["ids"], ids), kind
+        with torch.no_grad():
+            assert_close(clip.encode_text(ids), found["texts"], rtol=0, atol=1e-5)
+            assert_close(clip.encode_image(images), found["images"], rtol=0, atol=1e-5)
+        assert_close(clip.logit_scale.detach(), found["scale"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])

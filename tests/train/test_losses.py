@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip_train import contrastive_blocks, losses
@@ -36,9 +35,11 @@ from declip_train.towers import CLIP
 
 if TYPE_CHECKING:
     from tests.train import loss_workers
+    from tests.train.several_processes import run_processes
 else:
-    # The name under which spawned processes find it, whatever pytest calls this module.
+    # The name under which other processes find it, whatever pytest calls this module.
     import loss_workers
+    from several_processes import run_processes
 
 Loss = Callable[..., Tensor]
 SCALE = torch.tensor(14.0, dtype=torch.float64)
@@ -572,7 +573,7 @@ def test_options_out_of_range_are_refused_in_a_sentence() -> None:
 @pytest.mark.distributed
 def test_processes_together_have_the_gradients_of_one(tmp_path: Path) -> None:
     processes = 2
-    spawn(loss_workers.run, args=(processes, str(tmp_path)), nprocs=processes)
+    run_processes(loss_workers.run, processes, str(tmp_path))
     for process in range(processes):
         results = torch.load(tmp_path / f"{process}.pt", weights_only=True)
         for kind in loss_workers.LOSSES:

@@ -57,7 +57,7 @@ class LengthEncoder:
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
     def encode_image(self, images):
-        raise NotImplementedError
+        raise DeclipError("letters:16 embeds captions alone.")
 
 
 def test_what_the_embed_stage_writes_is_read(store):

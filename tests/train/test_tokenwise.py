@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from declip_train.tokenwise import tokenwise_info_nce, tokenwise_similarity
 
 if TYPE_CHECKING:
     from tests.train import tokenwise_workers
+    from tests.train.several_processes import run_processes
 else:
-    # The name under which spawned processes find it, whatever pytest calls this module.
+    # The name under which other processes find it, whatever pytest calls this module.
     import tokenwise_workers
+    from several_processes import run_processes
 
 case, with_gradients = tokenwise_workers.case, tokenwise_workers.with_gradients
 
@@ -243,7 +244,7 @@ PROCESSES = 2
 def of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(tokenwise_workers.run, args=(PROCESSES, str(folder)), nprocs=PROCESSES)
+    run_processes(tokenwise_workers.run, PROCESSES, str(folder))
     return [torch.load(folder / f"{n}.pt", weights_only=True) for n in range(PROCESSES)]
 
 

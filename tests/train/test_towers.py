@@ -23,16 +23,50 @@ from declip_train.model_config import (
     get_model_config,
 )
 from declip_train.tokenizer import EOT_ID, SOT_ID, CaptionTokenizer
-from declip_train.towers import CLIP, ModifiedResNet, VisionTransformer
+from declip_train.towers import CLIP, ModifiedResNet, TwoTowers, VisionTransformer
 
 CAPTIONS = ["a red apple", "a", "two small dogs run along a beach in the evening sun", "tree"]
 
 
-def ask_open_clip(what: str, request: Any) -> Any:
+def parity_cases() -> list[tuple[ModelConfig, str, float]]:
+    """Sizes, dtype, and how far values and gradients may be off.
+
+    Whole models of full size take minutes; benchmarks/parity.py has them.
+    """
+    base, resnet = get_model_config("ViT-B-32"), get_model_config("RN50")
+    assert isinstance(base.vision, VisionConfig)
+    shallow = replace(
+        base, vision=replace(base.vision, layers=2), text=replace(base.text, layers=2)
+    )
+    narrow = replace(
+        get_model_config("test"),
+        vision=replace(resnet.vision, width=16, image_size=96),
+        quick_gelu=False,
+        init_logit_bias=-3.0,
+    )
+    return [
+        (get_model_config("test"), "float64", 1e-11),
+        (get_model_config("test-rn"), "float64", 1e-11),
+        (shallow, "float32", 1e-5),
+        # In float32, a deep net with batch norm over so few rows amplifies rounding (open_clip's
+        # own, too): ReLUs near zero flip.
+        (narrow, "float64", 1e-9),
+    ]
+
+
+@pytest.fixture(scope="module")
+def open_clip_side() -> Any:
     """The answer of open_clip_towers.py, which runs both models in a process of its own."""
     folder = Path(__file__).parent
+    request = {
+        "shapes": {name: config.to_open_clip() for name, config in MODEL_CONFIGS.items()},
+        "parity": [
+            {"config": config.to_open_clip(), "dtype": dtype, "rows": 4}
+            for config, dtype, _ in parity_cases()
+        ],
+    }
     answer = subprocess.run(
-        [sys.executable, str(folder / "open_clip_towers.py"), what],
+        [sys.executable, str(folder / "open_clip_towers.py")],
         input=json.dumps(request),
         stdout=subprocess.PIPE,
         check=True,
@@ -75,9 +109,9 @@ def images() -> Tensor:
 
 
 @pytest.mark.slow
-def test_every_named_model_has_open_clips_names_and_shapes() -> None:
-    configs = {name: config.to_open_clip() for name, config in MODEL_CONFIGS.items()}
-    for name, theirs in ask_open_clip("shapes", configs).items():
+def test_every_named_model_has_open_clips_names_and_shapes(open_clip_side: Any) -> None:
+    assert open_clip_side["shapes"].keys() == MODEL_CONFIGS.keys()
+    for name, theirs in open_clip_side["shapes"].items():
         model = meta_model(name)
         state = {key: list(value.shape) for key, value in model.state_dict().items()}
         assert state == theirs["state"]
@@ -86,30 +120,8 @@ def test_every_named_model_has_open_clips_names_and_shapes() -> None:
 
 
 @pytest.mark.slow
-def test_values_and_gradients_are_open_clips() -> None:
-    """Whole models of full size take minutes; benchmarks/parity.py has them."""
-    base, resnet = get_model_config("ViT-B-32"), get_model_config("RN50")
-    assert isinstance(base.vision, VisionConfig)
-    shallow = replace(
-        base, vision=replace(base.vision, layers=2), text=replace(base.text, layers=2)
-    )
-    narrow = replace(
-        get_model_config("test"),
-        vision=replace(resnet.vision, width=16, image_size=96),
-        quick_gelu=False,
-        init_logit_bias=-3.0,
-    )
-    cases: list[tuple[ModelConfig, str, float]] = [
-        (get_model_config("test"), "float64", 1e-11),
-        (get_model_config("test-rn"), "float64", 1e-11),
-        (shallow, "float32", 1e-5),
-        # In float32, a deep net with batch norm over so few rows amplifies rounding (open_clip's
-        # own, too): ReLUs near zero flip.
-        (narrow, "float64", 1e-9),
-    ]
-    request = [{"config": c.to_open_clip(), "dtype": dtype, "rows": 4} for c, dtype, _ in cases]
-    answers = ask_open_clip("parity", request)
-    for (_, _, tolerance), found in zip(cases, answers, strict=True):
+def test_values_and_gradients_are_open_clips(open_clip_side: Any) -> None:
+    for (_, _, tolerance), found in zip(parity_cases(), open_clip_side["parity"], strict=True):
         assert not found["missing"]
         assert max(found["images"], found["texts"], found["statistics"]) < tolerance
         assert max(found["gradients"].values()) < tolerance, found["gradients"]
@@ -122,6 +134,14 @@ def test_parameter_counts_of_the_published_model() -> None:
     assert visual == 87_849_216
     assert total - visual - 1 == 63_428_096
     assert total == 151_277_313
+
+
+def test_a_pair_of_towers_without_its_text_side_is_none() -> None:
+    class ImagesAlone(TwoTowers):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        ImagesAlone()  # type: ignore[abstract]
 
 
 def test_towers_go_with_their_configuration() -> None:

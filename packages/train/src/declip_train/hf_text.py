@@ -24,7 +24,7 @@ from declip_shards import DeclipError
 from declip_shards.errors import did_you_mean
 from declip_train.model_config import TextConfig
 from declip_train.tokenizer import CONTEXT_LENGTH, MaskRules, repair_caption, require_text
-from declip_train.towers import TextOutput
+from declip_train.towers import TextOutput, require_text_shapes
 
 __all__ = ["HFCaptionTokenizer", "HFTextConfig", "HFTextTower", "text_sizes"]
 
@@ -350,7 +350,12 @@ class HFTextTower(nn.Module):
             ValueError: captions longer than `context_length`, a row of padding alone (only told
                 where `trim` is on), or arguments that do not fit each other.
         """
-        self._require_shapes(token_ids, state_positions, mask_positions, mask_embedding)
+        require_text_shapes(self.context_length, token_ids, state_positions, mask_positions)
+        if mask_embedding is not None:
+            raise ValueError(
+                "This tower's tokenizer has a mask token with an embedding of its own: leave "
+                "mask_embedding out."
+            )
         if mask_positions is not None:
             token_ids = token_ids.masked_fill(mask_positions, self.mask_id)
         real = self.caption_mask(token_ids)
@@ -376,30 +381,6 @@ class HFTextTower(nn.Module):
         return TextOutput(
             features=self.proj(pooled), hidden=hidden if need_hidden else None, states=states
         )
-
-    def _require_shapes(
-        self,
-        token_ids: Tensor,
-        state_positions: Tensor | None,
-        mask_positions: Tensor | None,
-        mask_embedding: Tensor | None,
-    ) -> None:
-        if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= self.context_length:
-            raise ValueError(
-                f"Token ids have shape {tuple(token_ids.shape)}, but this tower takes (batch, at "
-                f"most {self.context_length}): tokenize with that context length."
-            )
-        if mask_embedding is not None:
-            raise ValueError(
-                "This tower's tokenizer has a mask token with an embedding of its own: leave "
-                "mask_embedding out."
-            )
-        for name, given in (("state", state_positions), ("mask", mask_positions)):
-            if given is not None and (given.shape != token_ids.shape or given.dtype != torch.bool):
-                raise ValueError(
-                    f"{name}_positions has shape {tuple(given.shape)} and {given.dtype}, but must "
-                    f"be torch.bool in the shape of the token ids, {tuple(token_ids.shape)}."
-                )
 
     def encode_text(self, token_ids: Tensor, normalize: bool = False) -> Tensor:
         """Features (batch, embed_dim) of (batch, length) ids, of unit length if `normalize`."""

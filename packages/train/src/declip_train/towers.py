@@ -8,6 +8,7 @@ rounding.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "TextTransformer",
     "TwoTowers",
     "VisionTransformer",
+    "require_text_shapes",
 ]
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -98,6 +100,36 @@ def _asked_rows(asked: Tensor, ends: Tensor, most_asked: int) -> tuple[Tensor, T
     return positions, torch.cat([is_asked.flatten().nonzero().squeeze(1), last])
 
 
+def require_text_shapes(
+    context_length: int,
+    token_ids: Tensor,
+    state_positions: Tensor | None,
+    mask_positions: Tensor | None,
+) -> None:
+    """Refuse what no text tower takes.
+
+    Args:
+        context_length: most tokens of a caption.
+        token_ids: must be (batch, length), length from 1 to `context_length`.
+        state_positions: must be None, or bool in the shape of the token ids.
+        mask_positions: likewise.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= context_length:
+        raise ValueError(
+            f"Token ids have shape {tuple(token_ids.shape)}, but this tower takes (batch, at "
+            f"most {context_length}): tokenize with that context length."
+        )
+    for name, given in (("state", state_positions), ("mask", mask_positions)):
+        if given is not None and (given.shape != token_ids.shape or given.dtype != torch.bool):
+            raise ValueError(
+                f"{name}_positions has shape {tuple(given.shape)} and {given.dtype}, but must "
+                f"be torch.bool in the shape of the token ids, {tuple(token_ids.shape)}."
+            )
+
+
 class TextTransformer(nn.Module):
     """A causal transformer pooled at the end token (CLIP, section 2.4); open_clip's names."""
 
@@ -163,7 +195,11 @@ class TextTransformer(nn.Module):
             RuntimeError: a row without an end token, where `trim` is off; on a GPU with the next
                 operation that waits for it.
         """
-        self._require_shapes(token_ids, state_positions, mask_positions, mask_embedding)
+        require_text_shapes(self.context_length, token_ids, state_positions, mask_positions)
+        if (mask_positions is None) != (mask_embedding is None):
+            raise ValueError(
+                "mask_positions and mask_embedding belong together: give both, or none."
+            )
         ends = token_ids.argmax(dim=-1)
         length, most_asked = _measure(ends, state_positions, trim, token_ids.shape[1])
         token_ids = token_ids[:, :length]
@@ -184,29 +220,6 @@ class TextTransformer(nn.Module):
         features = pooled @ self.text_projection.to(pooled.dtype)
         return TextOutput(features=features, hidden=hidden, states=states)
 
-    def _require_shapes(
-        self,
-        token_ids: Tensor,
-        state_positions: Tensor | None,
-        mask_positions: Tensor | None,
-        mask_embedding: Tensor | None,
-    ) -> None:
-        if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= self.context_length:
-            raise ValueError(
-                f"Token ids have shape {tuple(token_ids.shape)}, but this tower takes (batch, at "
-                f"most {self.context_length}): tokenize with that context length."
-            )
-        if (mask_positions is None) != (mask_embedding is None):
-            raise ValueError(
-                "mask_positions and mask_embedding belong together: give both, or none."
-            )
-        for name, given in (("state", state_positions), ("mask", mask_positions)):
-            if given is not None and (given.shape != token_ids.shape or given.dtype != torch.bool):
-                raise ValueError(
-                    f"{name}_positions has shape {tuple(given.shape)} and {given.dtype}, but must "
-                    f"be torch.bool in the shape of the token ids, {tuple(token_ids.shape)}."
-                )
-
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None) -> None:
         """Draw the weights; see `CLIP`."""
@@ -216,10 +229,11 @@ class TextTransformer(nn.Module):
         self.text_projection.normal_(std=self.transformer.width**-0.5, generator=generator)
 
 
-class TwoTowers(nn.Module):
+class TwoTowers(nn.Module, ABC):
     """The image tower, the learned logit scale, and what any text tower beside them must do.
 
-    A subclass calls `_add_image_side` on construction, and brings the text tower.
+    A subclass calls `_add_image_side` on construction, and brings the text tower: the abstract
+    methods are its.
     """
 
     config: ModelConfig
@@ -252,6 +266,7 @@ class TwoTowers(nn.Module):
         features = self.forward_image(images).features
         return F.normalize(features, dim=-1) if normalize else features
 
+    @abstractmethod
     def forward_text(
         self,
         token_ids: Tensor,
@@ -263,20 +278,19 @@ class TwoTowers(nn.Module):
         trim: bool = True,
     ) -> TextOutput:
         """Run the text tower; see `TextTransformer.forward_text`."""
-        raise NotImplementedError
 
     def encode_text(self, token_ids: Tensor, normalize: bool = False) -> Tensor:
         """Features (batch, embed_dim) of (batch, length) ids, of unit length if `normalize`."""
         features = self.forward_text(token_ids).features
         return F.normalize(features, dim=-1) if normalize else features
 
+    @abstractmethod
     def caption_mask(self, token_ids: Tensor) -> Tensor:
         """Which of (batch, length) token ids are caption, first and last token included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_tokenizer(self) -> Tokenizer:
         """The text tower's."""
-        raise NotImplementedError
 
     def to_open_clip(self) -> dict[str, Any]:
         """open_clip's `model_cfg`."""

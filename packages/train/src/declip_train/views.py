@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["AUGMENTATIONS", "ViewParameters"]
 
@@ -35,6 +35,20 @@ class ViewParameters:
     """Of mirroring left and right."""
 
 
+# MoCo v2 (arXiv 2003.04297), which DeCLIP takes for both of its views.
+_MOCO_V2 = ViewParameters(
+    crop_scale_min=0.2,
+    jitter_probability=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    gray_probability=0.2,
+    blur_probability=0.5,
+    blur_sigma_max=2.0,
+    flip_probability=0.5,
+)
+
 AUGMENTATIONS: Mapping[str, ViewParameters] = {
     # RandomResizedCrop and nothing else: the views of the CLIP baseline (method: SLIP's and
     # DeCLIP's CLIP configurations).
@@ -50,32 +64,9 @@ AUGMENTATIONS: Mapping[str, ViewParameters] = {
         blur_sigma_max=0.1,
         flip_probability=0.0,
     ),
-    # MoCo v2 (arXiv 2003.04297), which DeCLIP takes for both of its views.
-    "moco_v2": ViewParameters(
-        crop_scale_min=0.2,
-        jitter_probability=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        gray_probability=0.2,
-        blur_probability=0.5,
-        blur_sigma_max=2.0,
-        flip_probability=0.5,
-    ),
+    "moco_v2": _MOCO_V2,
     # SLIP's own views of self-supervision: MoCo v2's with smaller crops.
-    "slip_ssl": ViewParameters(
-        crop_scale_min=0.08,
-        jitter_probability=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        gray_probability=0.2,
-        blur_probability=0.5,
-        blur_sigma_max=2.0,
-        flip_probability=0.5,
-    ),
+    "slip_ssl": replace(_MOCO_V2, crop_scale_min=0.08),
     # For drawings whose captions name colors: crops that keep the subject, colors that stay
     # themselves.
     "demo": ViewParameters(
