@@ -1,6 +1,7 @@
 """The ``declip`` command."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -24,7 +25,16 @@ from pipelines.states import pipeline_states
 from pipelines.wiring import allow_missing_table
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+OTHER_COMMANDS = {
+    "sources": "look at lists of URLs, and at how two of them overlap",
+    "refetch": "fetch rows that failed again, by reason, into the same dataset",
+    "doctor": "say why so many rows failed, and what to do",
+    "optout": "remove samples from a dataset and all that was made of it, and prove it",
+    "convert": "write a dataset in another form: files, parquet, energon",
+}
+"""Commands with a module of their own, ``pipelines.NAME_command``, and what they are for."""
 COMMANDS = ("run", "status")
+"""Commands of a recipe."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"opendeclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in OTHER_COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)  # see main: it reads the rest
     run = commands.add_parser(
         "run",
         help="run a recipe's stages; what is done and unchanged is skipped",
@@ -104,9 +116,10 @@ def _print_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 
 def _check_command(arguments: Sequence[str]) -> None:
     """Offer the nearest name for a misspelt command, as for recipes, stages and settings."""
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+    known = (*COMMANDS, *OTHER_COMMANDS)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         raise DeclipError(
-            f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)}"
+            f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], known)}"
         )
 
 
@@ -177,12 +190,19 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage.
+
+    130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP (pipelines.stopping).
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     _show_log_lines()
     parser = build_parser()
     try:
         _check_command(arguments)
+        if arguments and arguments[0] in OTHER_COMMANDS:
+            module = importlib.import_module(f"pipelines.{arguments[0]}_command")
+            status: int = module.main(arguments[1:])
+            return status
         overrides, others = take_overrides(arguments)
         known, rest = parser.parse_known_args(others)
         if known.help or not known.recipe:

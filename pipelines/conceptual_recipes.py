@@ -7,7 +7,7 @@ from pipelines.published import training_pipeline
 def cc3m_clip_vit_b_32(root: str) -> Pipeline:
     """CLIP ViT-B/32 on CC3M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc3m-clip-vit-b-32 --ingest.table cc3m.parquet
+    Command: declip run cc3m-clip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of CLIP on YFCC15M V2 (for this list there is none), 32
     epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to 0,
@@ -22,7 +22,7 @@ def cc3m_clip_vit_b_32(root: str) -> Pipeline:
 def cc3m_slip_vit_b_32(root: str) -> Pipeline:
     """SLIP ViT-B/32 on CC3M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc3m-slip-vit-b-32 --ingest.table cc3m.parquet
+    Command: declip run cc3m-slip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of SLIP on YFCC15M V2 (for this list there is none), 32
     epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 5e-4 in 2,500 steps, then a cosine to 0,
@@ -38,7 +38,7 @@ def cc3m_slip_vit_b_32(root: str) -> Pipeline:
 def cc3m_filip_vit_b_32(root: str) -> Pipeline:
     """FILIP ViT-B/32 on CC3M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc3m-filip-vit-b-32 --ingest.table cc3m.parquet
+    Command: declip run cc3m-filip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of FILIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 5e-4 in 2,500 steps, then a cosine to
@@ -55,7 +55,7 @@ def cc3m_filip_vit_b_32(root: str) -> Pipeline:
 def cc3m_declip_vit_b_32(root: str) -> Pipeline:
     """DeCLIP ViT-B/32 on CC3M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc3m-declip-vit-b-32 --ingest.table cc3m.parquet
+    Command: declip run cc3m-declip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of DeCLIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to
@@ -73,7 +73,7 @@ def cc3m_declip_vit_b_32(root: str) -> Pipeline:
 def cc3m_defilip_vit_b_32(root: str) -> Pipeline:
     """DeFILIP ViT-B/32 on CC3M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc3m-defilip-vit-b-32 --ingest.table cc3m.parquet
+    Command: declip run cc3m-defilip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of DeFILIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to
@@ -93,7 +93,7 @@ def cc3m_defilip_vit_b_32(root: str) -> Pipeline:
 def cc3m_clip_rn50(root: str) -> Pipeline:
     """CLIP ResNet-50 on CC3M, a row of DeCLIP's ablation.
 
-    Command: declip run cc3m-clip-rn50 --ingest.table cc3m.parquet
+    Command: declip run cc3m-clip-rn50 --sources.lists FILE
     Published: 20.6 (ImageNet zero-shot top-1); ablation of DeCLIP (arXiv 2110.05208), by a
     digest of its source.
     Settings: 32 epochs, as DeCLIP's row has by a digest of its paper (CLIP's own: not
@@ -109,7 +109,7 @@ def cc3m_clip_rn50(root: str) -> Pipeline:
 def cc3m_declip_rn50(root: str) -> Pipeline:
     """DeCLIP ResNet-50 on CC3M, a row of DeCLIP's ablation.
 
-    Command: declip run cc3m-declip-rn50 --ingest.table cc3m.parquet
+    Command: declip run cc3m-declip-rn50 --sources.lists FILE
     Published: 27.2 (ImageNet zero-shot top-1); ablation of DeCLIP (arXiv 2110.05208), by a
     digest of its source.
     Settings: epochs (32, by the paper) and weights (0.4 and 0.2) by a digest of DeCLIP's
@@ -128,7 +128,7 @@ def cc3m_declip_rn50(root: str) -> Pipeline:
 def cc3m_clip_vit_b_16(root: str) -> Pipeline:
     """CLIP ViT-B/16 on CC3M, by SLIP's own recipe.
 
-    Command: declip run cc3m-clip-vit-b-16 --ingest.table cc3m.parquet
+    Command: declip run cc3m-clip-vit-b-16 --sources.lists FILE
     Published: 17.1 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 5e-4
@@ -146,7 +146,7 @@ def cc3m_clip_vit_b_16(root: str) -> Pipeline:
 def cc3m_slip_vit_b_16(root: str) -> Pipeline:
     """SLIP ViT-B/16 on CC3M, by SLIP's own recipe.
 
-    Command: declip run cc3m-slip-vit-b-16 --ingest.table cc3m.parquet
+    Command: declip run cc3m-slip-vit-b-16 --sources.lists FILE
     Published: 23.0 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 3e-3
@@ -166,7 +166,7 @@ def cc3m_slip_vit_b_16(root: str) -> Pipeline:
 def cc12m_clip_vit_b_32(root: str) -> Pipeline:
     """CLIP ViT-B/32 on CC12M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc12m-clip-vit-b-32 --ingest.table cc12m.parquet
+    Command: declip run cc12m-clip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of CLIP on YFCC15M V2 (for this list there is none), 32
     epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to 0,
@@ -181,7 +181,7 @@ def cc12m_clip_vit_b_32(root: str) -> Pipeline:
 def cc12m_slip_vit_b_32(root: str) -> Pipeline:
     """SLIP ViT-B/32 on CC12M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc12m-slip-vit-b-32 --ingest.table cc12m.parquet
+    Command: declip run cc12m-slip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of SLIP on YFCC15M V2 (for this list there is none), 32
     epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 5e-4 in 2,500 steps, then a cosine to 0,
@@ -197,7 +197,7 @@ def cc12m_slip_vit_b_32(root: str) -> Pipeline:
 def cc12m_filip_vit_b_32(root: str) -> Pipeline:
     """FILIP ViT-B/32 on CC12M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc12m-filip-vit-b-32 --ingest.table cc12m.parquet
+    Command: declip run cc12m-filip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of FILIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 5e-4 in 2,500 steps, then a cosine to
@@ -214,7 +214,7 @@ def cc12m_filip_vit_b_32(root: str) -> Pipeline:
 def cc12m_declip_vit_b_32(root: str) -> Pipeline:
     """DeCLIP ViT-B/32 on CC12M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc12m-declip-vit-b-32 --ingest.table cc12m.parquet
+    Command: declip run cc12m-declip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of DeCLIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to
@@ -232,7 +232,7 @@ def cc12m_declip_vit_b_32(root: str) -> Pipeline:
 def cc12m_defilip_vit_b_32(root: str) -> Pipeline:
     """DeFILIP ViT-B/32 on CC12M, with CLIP-Benchmark's settings.
 
-    Command: declip run cc12m-defilip-vit-b-32 --ingest.table cc12m.parquet
+    Command: declip run cc12m-defilip-vit-b-32 --sources.lists FILE
     Published: no result published for this list and tower.
     Settings: released configuration of DeFILIP on YFCC15M V2 (for this list there is none),
     32 epochs: AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to
@@ -252,7 +252,7 @@ def cc12m_defilip_vit_b_32(root: str) -> Pipeline:
 def cc12m_clip_vit_b_16(root: str) -> Pipeline:
     """CLIP ViT-B/16 on CC12M, by SLIP's own recipe.
 
-    Command: declip run cc12m-clip-vit-b-16 --ingest.table cc12m.parquet
+    Command: declip run cc12m-clip-vit-b-16 --sources.lists FILE
     Published: 36.5 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 5e-4
@@ -270,7 +270,7 @@ def cc12m_clip_vit_b_16(root: str) -> Pipeline:
 def cc12m_slip_vit_b_16(root: str) -> Pipeline:
     """SLIP ViT-B/16 on CC12M, by SLIP's own recipe.
 
-    Command: declip run cc12m-slip-vit-b-16 --ingest.table cc12m.parquet
+    Command: declip run cc12m-slip-vit-b-16 --sources.lists FILE
     Published: 40.7 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 3e-3

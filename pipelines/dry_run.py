@@ -4,12 +4,14 @@ Nothing is started or written, and neither Ray nor DeepSpeed is loaded.
 """
 
 import dataclasses
+import glob
 import math
 import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from declip_ingest.sources import ReadPairs
 from declip_ingest.stages import DownloadShards
 from declip_shards import DeclipError, Store
 from declip_shards.manifest import read_manifest
@@ -51,10 +53,18 @@ def dry_run_text(
     return "\n\n".join(parts)
 
 
-def _missing_table(stage: Any) -> str:
-    """A table of the user's that a run would refuse; one within the dataset is made by a step."""
+def _missing_list(stage: Any) -> str:
+    """What a run would refuse: a list of the user's that is not there; how to name one."""
+    if isinstance(stage, ReadPairs):
+        if not stage.lists:
+            return "no list is named yet: --sources.lists FILE"
+        missing = [p for p in stage.locations() if "://" not in p and not glob.glob(p)]
+        return f"the list {missing[0]!r} is not there; --sources.lists FILE" if missing else ""
+    # A table within the dataset is made by a step.
     table = stage.table if isinstance(stage, DownloadShards) else ""
-    return table if os.path.isabs(table) and not os.path.exists(table) else ""
+    if os.path.isabs(table) and not os.path.exists(table):
+        return f"the table {table!r} is not there; name yours with --ingest.table FILE"
+    return ""
 
 
 def steps_text(pipeline: Pipeline, chosen: set[str], states: dict[str, StepState]) -> str:
@@ -69,10 +79,8 @@ def steps_text(pipeline: Pipeline, chosen: set[str], states: dict[str, StepState
         else:
             then, why = "runs", state.why
         lines.append(f"{step.name:<12}{state.state:<9}{then:<8}  {why}".rstrip())
-        if missing := _missing_table(step.stage):
-            lines.append(
-                f"  the table {missing!r} is not there; name yours with --ingest.table FILE"
-            )
+        if missing := _missing_list(step.stage):
+            lines.append(f"  {missing}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from declip_ingest.stages import DownloadShards
 from declip_train.stages import TrainModel
 from pipelines.pipeline import Pipeline, Step
-from pipelines.wiring import derive_training, read_steps
+from pipelines.wiring import derive_training, list_steps
 
 NONE_PUBLISHED = "no result published"
 
@@ -360,19 +360,13 @@ def training_pipeline(name: str, root: str) -> Pipeline:
     training reads none.
     """
     recipe = PUBLISHED[name]
-    ingest = DownloadShards(
-        root=root,
-        table=f"{recipe.pairs}.parquet",
-        shard_size=10_000,
-        # Crops are drawn by the trainer: no border, and some room above 224 pixels.
-        image_size=256,
-        resize_mode="keep_ratio",
-    )
+    # 256 pixels on the shorter side, by default: crops are drawn by the trainer, with some room.
+    ingest = DownloadShards(root=root, shard_size=10_000)
     return Pipeline(
         recipe=name,
         root=root,
         steps=[
-            *read_steps(root, ingest, **KEEP_ALL),
+            *list_steps(root, ingest, **KEEP_ALL),
             Step(
                 name="train",
                 stage=TrainModel(root=root, **recipe.settings),

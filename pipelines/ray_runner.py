@@ -1,24 +1,25 @@
-"""Tasks on Ray: bounded in flight, workers loaded once a process, nothing started when idle."""
+"""Tasks on Ray: which cluster, who may reach it, and nothing started when idle."""
 
 import contextlib
+import faulthandler
 import importlib
 import ipaddress
 import os
+import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from declip_shards import DeclipError, Stage, Store, TaskStats, manifest
+from declip_shards import DeclipError, Stage, Store, manifest
 from declip_shards.manifest import Receipt
+from pipelines.ray_tasks import TaskRun
+from pipelines.task_end import TaskEnd
 
-LOST_WORKER_RETRIES = 3
-"""Times that Ray runs a task again whose worker died. The task is idempotent."""
 PROBE_SECONDS = 10.0
 """For a Ray head to answer at all; Ray itself would wait for minutes."""
-PLACEMENT_SECONDS = 600.0
-"""For a cluster to bring a node that carries a task: one that grows on demand starts small."""
+START_SECONDS = 120.0
+"""For Ray to start or to be connected to; what takes longer hangs."""
 PROBES = {
     "": "/ray.rpc.NodeInfoGcsService/CheckAlive",
     "ray://": "/ray.rpc.RayletDriver/ClusterInfo",
@@ -35,30 +36,6 @@ OUR_PACKAGES = (
 """What travels to a cluster's workers; runtime_env.yaml says the same for Ray jobs."""
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 """A task is one core's work, and img2dataset's albumentations must not call home."""
-
-
-_workers: dict[str, Callable[[str], TaskStats]] = {}
-"""Fingerprint of a stage -> its worker, loaded once in this process."""
-
-
-def _loaded_worker(stage: Stage, digest: str) -> Callable[[str], TaskStats]:
-    if digest not in _workers:
-        _workers.clear()  # Ray reuses processes: the models of an earlier stage go
-        _workers[digest] = stage.worker()
-    return _workers[digest]
-
-
-def _ray_task(root: str, stage: Stage, task: str, digest: str) -> tuple[str, Receipt | None, str]:
-    try:
-        store = Store(root)
-        receipt = manifest.make_receipt(store, task, digest, _loaded_worker(stage, digest)(task))
-    except DeclipError as error:
-        return task, None, str(error)
-    except OSError as error:
-        return task, None, f"{type(error).__name__}: {error}"
-    except Exception:  # reported with the task; the others go on
-        return task, None, traceback.format_exc()
-    return task, receipt, ""
 
 
 def split_address(address: str) -> tuple[str, str, int]:
@@ -141,6 +118,11 @@ def check_shared_root(root: str) -> None:
     A Ray job runs in a temporary copy of the checkout, which Ray deletes: what it wrote to a
     relative folder would be lost.
     """
+    if root.startswith("memory:"):
+        raise DeclipError(
+            f"the output folder {root!r} lies in the memory of one process, and Ray's tasks are "
+            "others; use --runner local, or give --out a folder or a URL that all of them see."
+        )
     if not has_own_cluster() and "://" not in root and not os.path.isabs(root):
         raise DeclipError(
             f"the output folder {root!r} is relative, and on a cluster each process has a current "
@@ -180,6 +162,23 @@ def _options() -> dict[str, Any]:
     return options
 
 
+@contextlib.contextmanager
+def _exit_if_it_hangs() -> Iterator[None]:
+    """End this process, with status 1 and its stacks told, if Ray does not start.
+
+    Ray's start waits in C++ without end, holding Python's lock, for a raylet that has lost a
+    worker in the wrong moment: neither a signal nor a thread of ours could end that.
+    """
+    if sys.__stderr__ is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def start() -> Any:
     """Connect to the cluster of ``RAY_ADDRESS``, or start one of this machine's cores.
 
@@ -191,8 +190,10 @@ def start() -> Any:
     options = _options()
     import ray
 
+    ours = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        with _exit_if_it_hangs():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         if has_own_cluster():
             raise DeclipError(
@@ -203,6 +204,8 @@ def start() -> Any:
             f"{error}. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the "
             "head's token, and use the head's versions of Python and Ray."
         ) from error
+    if threading.current_thread() is threading.main_thread() and ours is not None:
+        signal.signal(signal.SIGTERM, ours)  # Ray's would exit with status 15
     return ray
 
 
@@ -217,60 +220,41 @@ def shut_down_after() -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_placement(ray: Any, step: str, stage: Stage, seconds_waited: float) -> None:
-    """Refuse a stage whose tasks no node can carry: Ray would keep them waiting for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(
-        node.get("CPU", 0.0) >= stage.num_cpus and node.get("GPU", 0.0) >= stage.num_gpus
-        for node in nodes
-    ):
-        return
-    if has_own_cluster() or seconds_waited > PLACEMENT_SECONDS:
-        cores = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-        gpus = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
-        raise DeclipError(
-            f"a task of {step!r} needs {stage.num_cpus:g} cores and {stage.num_gpus:g} GPUs on one "
-            f"node, and the largest nodes have {cores:g} cores and {gpus:g} GPUs; "
-            "add a larger node, or use --runner local."
-        )
+def run_tasks(
+    root: str, step: str, stage: Stage, tasks: Sequence[str], digest: str
+) -> Iterator[TaskEnd]:
+    """Run tasks on the cluster and yield each as it ends; their receipts are not written.
+
+    Raises:
+        DeclipError: no node carries a task, the folder is none that nodes share, or the cluster
+            is lost.
+    """
+    check_shared_root(root)
+    run = TaskRun(
+        start,
+        root,
+        step,
+        stage,
+        tasks,
+        digest,
+        is_own_cluster=has_own_cluster(),
+        is_client=os.environ.get("RAY_ADDRESS", "").startswith("ray://"),
+    )
+    yield from run.ends()
 
 
 def run_on_ray(
     root: str, step: str, stage: Stage, tasks: Sequence[str], digest: str
 ) -> Iterator[tuple[str, Receipt | None, str]]:
-    """Run tasks on the cluster, at most twice as many in flight as its cores carry.
+    """Run tasks on the cluster and write the receipt of each.
 
-    Yields each task as it ends, with its receipt or the first cause of its failure. A task whose
-    worker died is run again by Ray up to :data:`LOST_WORKER_RETRIES` times.
+    Yields:
+        The task's name, its receipt or None, the first cause of its failure.
     """
-    check_shared_root(root)
-    store, ray = Store(root), start()
-    remote = ray.remote(
-        num_cpus=stage.num_cpus, num_gpus=stage.num_gpus, max_retries=LOST_WORKER_RETRIES
-    )(_ray_task)
-    handle = ray.put(stage)
-    names: dict[Any, str] = {}
-    queue = list(reversed(tasks))
-    last_end = time.monotonic()
-    while queue or names:
-        _check_placement(ray, step, stage, time.monotonic() - last_end)
-        cores = ray.cluster_resources().get("CPU", 1.0)
-        limit = max(2, int(2 * cores / max(stage.num_cpus, 0.1)))
-        while queue and len(names) < limit:
-            task = queue.pop()
-            names[remote.remote(root, handle, task, digest)] = task
-        done, _ = ray.wait(list(names), num_returns=1, timeout=5.0)
-        for reference in done:
-            task, last_end = names.pop(reference), time.monotonic()
-            try:
-                result = ray.get(reference)
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-                cause = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {error}"
-                result = task, None, cause
-            except ray.exceptions.RayError as error:
-                result = task, None, f"Ray could not run it: {error}"
-            if result[1] is not None:
-                # Here and not in the worker, which may outlive a killed run for a moment: what it
-                # does then, for instance after the run's own HTTP server has gone, must not count.
-                manifest.write_receipt(store, step, result[1])
-            yield result
+    store = Store(root)
+    for end in run_tasks(root, step, stage, tasks, digest):
+        if end.receipt is not None:
+            # Here and not in the worker, which may outlive a killed run for a moment: what it
+            # does then, for instance after the run's own HTTP server has gone, must not count.
+            manifest.write_receipt(store, step, end.receipt)
+        yield end.task, end.receipt, end.cause

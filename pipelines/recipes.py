@@ -16,7 +16,7 @@ from pipelines.pipeline import Pipeline, Step
 from pipelines.prepare import FOLDER, PrepareDemo
 from pipelines.report import WriteReport
 from pipelines.training_recipes import TRAINING_RECIPES
-from pipelines.wiring import carry_names, derive_pairs, pin_table, read_steps
+from pipelines.wiring import carry_names, derive_pairs, list_steps, pin_table, read_steps
 
 
 def demo(root: str) -> Pipeline:
@@ -36,7 +36,14 @@ def demo(root: str) -> Pipeline:
         ),
         *read_steps(
             root,
-            DownloadShards(root=root, image_size=64, timeout_seconds=3.0),
+            # Long strips are left for the filter to drop: that it does is part of the demo.
+            DownloadShards(
+                root=root,
+                image_size=64,
+                resize_mode="border",
+                max_aspect_ratio=None,
+                timeout_seconds=3.0,
+            ),
             min_words=1,
             min_chars=2,
         ),
@@ -104,17 +111,18 @@ def _derive_demo(pipeline: Pipeline) -> Pipeline:
 
 
 def pairs(root: str) -> Pipeline:
-    """Your own URL table, from shards to a DeCLIP ViT-B/32.
+    """Your own lists of URLs and captions, from shards to a DeCLIP ViT-B/32.
 
-    Command: declip run pairs --ingest.table FILE --ingest.user-agent-contact YOU
-    Data: any parquet, CSV, TSV or JSON lines with the columns url and caption (other names:
-    --ingest.url-column, --ingest.caption-column).
+    Command: declip run pairs --sources.lists FILE --ingest.user-agent-contact YOU
+    Data: CC3M, CC12M, YFCC100M, YFCC15M, LAION, DataComp or COYO as they are published, or any
+    parquet, CSV, TSV, JSON or JSON lines (docs/sources.md). A table of url and caption that
+    needs no reading can go to --ingest.table instead.
     Model: DeCLIP by its published recipe, batch 4,096 (it wants GPUs); start with
     --train.model ViT-Ti-8-48 on a laptop.
     Expect: shards/, selection/, index/, neighbors/ and train/export/, which open_clip loads.
     """
     steps = [
-        *read_steps(root, DownloadShards(root=root, table="pairs.parquet"), keep_splits=()),
+        *list_steps(root, DownloadShards(root=root), keep_splits=()),
         Step(
             name="train",
             stage=TrainModel(root=root),

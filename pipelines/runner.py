@@ -5,18 +5,30 @@ import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from declip_shards import DeclipError, Stage, Store, TaskStats, layout, manifest
+from declip_shards import (
+    DeclipError,
+    Stage,
+    Store,
+    energon,
+    layout,
+    manifest,
+    open_worker,
+    rewrite,
+)
 from declip_shards.errors import did_you_mean
 from declip_shards.manifest import Manifest, Receipt
+from declip_shards.optout import PENDING
 from pipelines import ray_runner
-from pipelines.lock import workspace_lock
+from pipelines.failure_table import ingest_advice, reasons_table, tasks_table
+from pipelines.lock import Hold, workspace_lock
 from pipelines.pipeline import Pipeline, Step
 from pipelines.progress import Progress
 from pipelines.states import input_digests, pipeline_states, why_stale
+from pipelines.stopping import stop_on_signals
+from pipelines.task_end import FULL_DISK, TaskEnd, describe, free_bytes, size_text
 
 TaskResult = tuple[str, Receipt | None, str]
 """(task, its receipt or None, first cause of its failure)."""
@@ -35,31 +47,40 @@ class StepReport:
     seconds: float
     figures: str = ""
     """What a step of one task measured, such as an index's recall."""
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Why samples did not come through -> how many."""
 
 
-def run_task(
-    store: Store, step: str, task: str, digest: str, work: Callable[[str], TaskStats]
-) -> Receipt:
-    """Do one task in this process and write its receipt last."""
-    receipt = manifest.make_receipt(store, task, digest, work(task))
-    manifest.write_receipt(store, step, receipt)
-    return receipt
+def tasks_here(
+    root: str, step: str, stage: Stage, tasks: Sequence[str], digest: str
+) -> Iterator[TaskEnd]:
+    """Tasks one after the other in this process; a task that raises does not stop the others.
+
+    Unless it says that they would fail alike, as on a full disk. Receipts are not written.
+    """
+    store = Store(root)
+    with open_worker(stage) as work:
+        for task in tasks:
+            try:
+                receipt = manifest.make_receipt(store, task, digest, work(task))
+            except Exception as error:  # a defect in one task must not lose the others' work
+                cause, is_hopeless = describe(error, store)
+                yield TaskEnd(task=task, cause=cause, is_hopeless=is_hopeless)
+                if is_hopeless:
+                    return
+            else:
+                yield TaskEnd(task=task, receipt=receipt)
 
 
 def run_here(
     root: str, step: str, stage: Stage, tasks: Sequence[str], digest: str
 ) -> Iterator[TaskResult]:
-    """Tasks one after the other in this process; a task that raises does not stop the others."""
-    store, work = Store(root), stage.worker()
-    for task in tasks:
-        try:
-            yield task, run_task(store, step, task, digest, work), ""
-        except DeclipError as error:
-            yield task, None, str(error)
-        except OSError as error:
-            yield task, None, f"{type(error).__name__}: {error}"
-        except Exception:  # a defect in one task must not lose the others' work
-            yield task, None, traceback.format_exc()
+    """Run tasks in this process and write the receipt of each."""
+    store = Store(root)
+    for end in tasks_here(root, step, stage, tasks, digest):
+        if end.receipt is not None:
+            manifest.write_receipt(store, step, end.receipt)
+        yield end.task, end.receipt, end.cause
 
 
 def remove_outputs(store: Store, step: str) -> None:
@@ -100,11 +121,17 @@ def _files_stand(store: Store, receipt: Receipt) -> bool:
     return False
 
 
-def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
+def run_step(pipeline: Pipeline, step: Step, *, runner: str, hold: Hold) -> StepReport:
     """Run one step if anything it reads or its settings have changed.
 
+    Args:
+        pipeline: the pipeline.
+        step: one of its steps.
+        runner: where tasks run, one of :data:`RUNNERS`.
+        hold: the right to write; asked for before anything is published.
+
     Raises:
-        DeclipError: tasks failed (all named, with their first causes).
+        DeclipError: tasks failed (all named, with their first causes), or the hold is lost.
     """
     store = Store(pipeline.root)
     last = manifest.read_manifest(store, step.name)
@@ -118,12 +145,18 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
     digest = manifest.fingerprint(step.stage, step.code_version, inputs)
     # The service before anything is removed: where its port is taken, earlier results stay.
     with step.service() if step.service else contextlib.nullcontext():
+        hold.check()
         pending, receipts = pending_tasks(store, step, digest)
+        if pending and step.name == "ingest":
+            energon.forget(store)  # an index of tars that are written anew would lead astray
+        num_all = len(pending) + len(receipts)
         store.remove(layout.manifest_path(step.name))
         _announce(step, len(pending), len(receipts), why)
-        failures = _run_pending(pipeline, step, pending, receipts, digest, runner)
-    if failures:
-        raise DeclipError(_failure_text(step.name, failures, len(receipts)))
+        with _full_disk_in_words(store, receipts, len(pending)):
+            failed = _run_pending(pipeline, step, pending, receipts, digest, runner, hold)
+    if failed:
+        num_unstarted = num_all - len(receipts) - len(failed)
+        raise DeclipError(_failure_text(store, step.name, failed, receipts, num_unstarted))
     result = manifest.build_manifest(
         step=step.name,
         stage=step.stage,
@@ -131,10 +164,13 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
         inputs=inputs,
         receipts=list(receipts.values()),
     )
-    manifest.write_manifest(store, result)
+    hold.check()
     seconds = time.monotonic() - start
-    where = runner if step.on_ray else "local"
-    write_run_record(store, result, seconds=seconds, runner=where)
+    with _full_disk_in_words(store, receipts, 0):
+        getattr(step.stage, "sweep", lambda tasks: None)(sorted(receipts))
+        manifest.write_manifest(store, result)
+        where = runner if step.on_ray else "local"
+        write_run_record(store, result, seconds=seconds, runner=where)
     return StepReport(
         step=step.name,
         skipped=False,
@@ -142,6 +178,7 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str) -> StepReport:
         num_out=result.num_out,
         seconds=seconds,
         figures=_figures(result),
+        reasons=result.reasons,
     )
 
 
@@ -169,31 +206,84 @@ def _run_pending(
     receipts: dict[str, Receipt],
     digest: str,
     runner: str,
-) -> dict[str, str]:
-    """Run tasks into ``receipts``; return the failed ones with their first cause."""
-    failures: dict[str, str] = {}
+    hold: Hold,
+) -> list[TaskEnd]:
+    """Run tasks into ``receipts``; return those that failed."""
+    failed: list[TaskEnd] = []
     if not pending:
-        return failures
-    run = ray_runner.run_on_ray if runner == "ray" and step.on_ray else run_here
-    with Progress(step.name, len(pending) + len(receipts), len(receipts)) as bar:
-        for task, receipt, cause in run(pipeline.root, step.name, step.stage, pending, digest):
-            if receipt is None:
-                failures[task] = cause
-                bar.advance(0)
+        return failed
+    store, kept = Store(pipeline.root), list(receipts.values())
+    run = ray_runner.run_tasks if runner == "ray" and step.on_ray else tasks_here
+    with Progress(
+        step.name,
+        len(pending) + len(kept),
+        len(kept),
+        num_in=sum(receipt.num_in for receipt in kept),
+        num_out=sum(receipt.num_out for receipt in kept),
+    ) as bar:
+        for end in run(pipeline.root, step.name, step.stage, pending, digest):
+            hold.check()
+            if end.receipt is None:
+                failed.append(end)
+                bar.fail()
             else:
-                receipts[task] = receipt
-                bar.advance(receipt.num_in)
-    return failures
+                # Here and not in the worker, which may outlive a killed run for a moment: what it
+                # does then, for instance after the run's own HTTP server has gone, must not count.
+                manifest.write_receipt(store, step.name, end.receipt)
+                receipts[end.task] = end.receipt
+                bar.advance(end.receipt.num_in, end.receipt.num_out)
+    return failed
 
 
-def _failure_text(step: str, failures: Mapping[str, str], num_done: int) -> str:
-    lines = [f"{len(failures)} of {len(failures) + num_done} tasks of {step!r} failed:"]
-    lines += [f"  {task}: {cause.strip()}" for task, cause in sorted(failures.items())[:20]]
-    if len(failures) > 20:
-        lines.append(f"  ... and {len(failures) - 20} more")
-    if num_done:
+def _failure_text(
+    store: Store,
+    step: str,
+    failed: Sequence[TaskEnd],
+    receipts: Mapping[str, Receipt],
+    num_unstarted: int,
+) -> str:
+    """Which tasks failed and why, and what it takes to go on."""
+    num_all = len(receipts) + len(failed) + num_unstarted
+    lines = [f"{len(failed)} of {num_all} tasks of {step!r} failed:", tasks_table(failed)]
+    if num_unstarted:
+        lines.append(f"{num_unstarted} more were not started: they would have failed alike.")
+    if any(end.is_hopeless for end in failed):
+        lines.append(_space_text(store, receipts, len(failed) + num_unstarted))
+    if receipts:
         lines.append("What is done is kept: run the same command again after mending it.")
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line)
+
+
+def _space_text(store: Store, receipts: Mapping[str, Receipt], num_left: int) -> str:
+    """What the tasks that are left will write, going by those that are done, and what is free."""
+    free = free_bytes(store)
+    if not receipts or not num_left or free is None:
+        return ""
+    written = sum(record.size for receipt in receipts.values() for record in receipt.files)
+    needed = size_text(written / len(receipts) * num_left)
+    return (
+        f"{size_text(free)} are free in {store.url!r}; the {num_left} tasks that are left need "
+        f"about {needed}, going by those that are done."
+    )
+
+
+@contextlib.contextmanager
+def _full_disk_in_words(
+    store: Store, receipts: Mapping[str, Receipt], num_tasks: int
+) -> Iterator[None]:
+    """Say where there is no space, and how much it takes, when this process cannot write."""
+    num_before = len(receipts)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        num_left = num_before + num_tasks - len(receipts)
+        more = _space_text(store, receipts, num_left)
+        raise DeclipError(
+            f"{describe(error, store)[0]}. {more} Make space and run the same command again: what "
+            "is done is kept.".replace("  ", " ")
+        ) from error
 
 
 def write_run_record(store: Store, done: Manifest, *, seconds: float, runner: str) -> None:
@@ -275,21 +365,32 @@ def run_pipeline(
     check_root(pipeline)
     check_upstream(pipeline, steps)
     reports = []
-    with workspace_lock(Store(pipeline.root)), ray_runner.shut_down_after():
+    store = Store(pipeline.root)
+    with stop_on_signals(), workspace_lock(store) as hold, ray_runner.shut_down_after():
+        for change in rewrite.recover(store):
+            print(f"finished a change of several files that was cut short: {change}")
+        if store.exists(PENDING):
+            # Else what it changed would count as stale, and be made anew at a great cost.
+            from pipelines.optout import finish_pending
+
+            finish_pending(store)
         for step in steps:
-            report = run_step(pipeline, step, runner=runner)
+            report = run_step(pipeline, step, runner=runner, hold=hold)
             reports.append(report)
-            _print_report(report)
+            _print_report(report, pipeline.root)
     return reports
 
 
-def _print_report(report: StepReport) -> None:
+def _print_report(report: StepReport, root: str) -> None:
     if report.skipped:
         print(f"{report.step}: nothing to do ({report.num_in:,} in, {report.num_out:,} out)")
-    else:
-        figures = f" ({report.figures})" if report.figures else ""
-        print(
-            f"{report.step}: {report.num_in:,} in, {report.num_out:,} out, "
-            f"{report.seconds:.1f} s{figures}",
-            flush=True,
-        )
+        return
+    figures = f" ({report.figures})" if report.figures else ""
+    lines = [
+        f"{report.step}: {report.num_in:,} in, {report.num_out:,} out, "
+        f"{report.seconds:.1f} s{figures}"
+    ]
+    if report.step == "ingest":
+        lines.append(reasons_table(report.reasons, report.num_in))
+        lines.append(ingest_advice(report.reasons, root))
+    print("\n".join(line for line in lines if line), flush=True)

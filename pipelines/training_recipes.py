@@ -1,10 +1,10 @@
 """Training recipes: each a published run, with its number and the source of each setting.
 
-The settings are data, in `published`. All recipes take a table of URLs and captions (columns url
-and caption; --ingest.url-column and --ingest.caption-column name others) of the list they name, run
-in --train.num-ranks processes, and deviate from the released code where docs/training.md says so
-(pixels normalized as CLIP's, one shared bank that starts empty, words replaced with --train.wordnet
-alone) and in what local batch norm sees: 512 rows in 8 processes, 128 as published.
+The settings are data, in `published`. All recipes take the list they name, as it is published or
+as any table (--sources.lists; docs/sources.md), run in --train.num-ranks processes, and deviate
+from the released code where docs/training.md says so (pixels normalized as CLIP's, one shared bank
+that starts empty, words replaced with --train.wordnet alone) and in what local batch norm sees:
+512 rows in 8 processes, 128 as published.
 "Not found" and "no result published" mean that; nothing is from memory.
 """
 
@@ -18,7 +18,7 @@ from pipelines.published import training_pipeline
 def yfcc15m_v2_clip_vit_b_32(root: str) -> Pipeline:
     """CLIP ViT-B/32 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-clip-vit-b-32 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-clip-vit-b-32 --sources.lists FILE
     Published: 32.8 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of CLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -33,7 +33,7 @@ def yfcc15m_v2_clip_vit_b_32(root: str) -> Pipeline:
 def yfcc15m_v2_slip_vit_b_32(root: str) -> Pipeline:
     """SLIP ViT-B/32 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-slip-vit-b-32 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-slip-vit-b-32 --sources.lists FILE
     Published: 34.3 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of SLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -49,7 +49,7 @@ def yfcc15m_v2_slip_vit_b_32(root: str) -> Pipeline:
 def yfcc15m_v2_filip_vit_b_32(root: str) -> Pipeline:
     """FILIP ViT-B/32 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-filip-vit-b-32 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-filip-vit-b-32 --sources.lists FILE
     Published: 39.5 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of FILIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -67,7 +67,7 @@ def yfcc15m_v2_filip_vit_b_32(root: str) -> Pipeline:
 def yfcc15m_v2_declip_vit_b_32(root: str) -> Pipeline:
     """DeCLIP ViT-B/32 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-declip-vit-b-32 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-declip-vit-b-32 --sources.lists FILE
     Published: 43.2 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of DeCLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -85,7 +85,7 @@ def yfcc15m_v2_declip_vit_b_32(root: str) -> Pipeline:
 def yfcc15m_v2_defilip_vit_b_32(root: str) -> Pipeline:
     """DeFILIP ViT-B/32 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-defilip-vit-b-32 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-defilip-vit-b-32 --sources.lists FILE
     Published: 45.0 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of DeFILIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -106,7 +106,7 @@ def yfcc15m_v2_defilip_vit_b_32(root: str) -> Pipeline:
 def yfcc15m_v2_clip_rn50(root: str) -> Pipeline:
     """CLIP ResNet-50 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-clip-rn50 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-clip-rn50 --sources.lists FILE
     Published: 37.2 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of CLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -121,7 +121,7 @@ def yfcc15m_v2_clip_rn50(root: str) -> Pipeline:
 def yfcc15m_v2_slip_rn50(root: str) -> Pipeline:
     """SLIP ResNet-50 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-slip-rn50 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-slip-rn50 --sources.lists FILE
     Published: 28.5 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796), without weights.
     Settings: released configuration of SLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -139,7 +139,7 @@ def yfcc15m_v2_slip_rn50(root: str) -> Pipeline:
 def yfcc15m_v2_filip_rn50(root: str) -> Pipeline:
     """FILIP ResNet-50 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-filip-rn50 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-filip-rn50 --sources.lists FILE
     Published: 21.3 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of FILIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -158,7 +158,7 @@ def yfcc15m_v2_filip_rn50(root: str) -> Pipeline:
 def yfcc15m_v2_declip_rn50(root: str) -> Pipeline:
     """DeCLIP ResNet-50 on YFCC15M V2, CLIP-Benchmark's row.
 
-    Command: declip run yfcc15m-v2-declip-rn50 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-declip-rn50 --sources.lists FILE
     Published: 44.4 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (CLIP-Benchmark,
     arXiv 2203.05796).
     Settings: released configuration of DeCLIP on YFCC15M V2: AdamW (0.9, 0.98, 1e-8), rate
@@ -178,7 +178,7 @@ def yfcc15m_v2_declip_rn50(root: str) -> Pipeline:
 def yfcc15m_v2_defilip_rn50(root: str) -> Pipeline:
     """DeFILIP ResNet-50 on YFCC15M V2, which CLIP-Benchmark's table leaves empty.
 
-    Command: declip run yfcc15m-v2-defilip-rn50 --ingest.table yfcc15m-v2.parquet
+    Command: declip run yfcc15m-v2-defilip-rn50 --sources.lists FILE
     Published: no result published.
     Settings: released configuration of DeFILIP ViT-B/32, for there is none of ResNet-50:
     AdamW (0.9, 0.98, 1e-8), rate 1e-4 to 1e-3 in 2,500 steps, then a cosine to 0, decay
@@ -199,7 +199,7 @@ def yfcc15m_v2_defilip_rn50(root: str) -> Pipeline:
 def yfcc15m_v1_clip_vit_b_16(root: str) -> Pipeline:
     """CLIP ViT-B/16 on YFCC15M V1, by SLIP's own recipe.
 
-    Command: declip run yfcc15m-v1-clip-vit-b-16 --ingest.table yfcc15m-v1.parquet
+    Command: declip run yfcc15m-v1-clip-vit-b-16 --sources.lists FILE
     Published: 37.6 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 5e-4
@@ -217,7 +217,7 @@ def yfcc15m_v1_clip_vit_b_16(root: str) -> Pipeline:
 def yfcc15m_v1_slip_vit_b_16(root: str) -> Pipeline:
     """SLIP ViT-B/16 on YFCC15M V1, by SLIP's own recipe.
 
-    Command: declip run yfcc15m-v1-slip-vit-b-16 --ingest.table yfcc15m-v1.parquet
+    Command: declip run yfcc15m-v1-slip-vit-b-16 --sources.lists FILE
     Published: 42.8 (ImageNet zero-shot top-1); README of facebookresearch/SLIP (arXiv
     2112.12750).
     Settings: released code and README of SLIP: AdamW (0.9, 0.98, 1e-8), rate 1e-6 to 3e-3
@@ -237,7 +237,7 @@ def yfcc15m_v1_slip_vit_b_16(root: str) -> Pipeline:
 def yfcc100m_filip_vit_b_32(root: str) -> Pipeline:
     """FILIP ViT-B/32 on YFCC100M (FILIP's choice), by FILIP's own recipe.
 
-    Command: declip run yfcc100m-filip-vit-b-32 --ingest.table yfcc100m.parquet
+    Command: declip run yfcc100m-filip-vit-b-32 --sources.lists FILE
     Published: no result published for this list that was found.
     Settings: FILIP's paper, by a digest, for its base model on YFCC100M: LAMB (0.9, 0.999,
     1e-4), warm-up 3,000 steps, cosine, peak 6e-3 * sqrt(batch / 512) = 0.024, decay 0.03
@@ -255,7 +255,7 @@ def yfcc100m_filip_vit_b_32(root: str) -> Pipeline:
 def declip_88m_declip_rn50(root: str) -> Pipeline:
     """DeCLIP ResNet-50 on DeCLIP's 88M, as far as it was released.
 
-    Command: declip run declip-88m-declip-rn50 --ingest.table declip-88m.parquet
+    Command: declip run declip-88m-declip-rn50 --sources.lists FILE
     Published: 62.5 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (DeCLIP, arXiv
     2110.05208).
     Settings: released configuration: SGD with Nesterov momentum 0.9, fp16, rate 1e-3 to
@@ -274,7 +274,7 @@ def declip_88m_declip_rn50(root: str) -> Pipeline:
 def declip_88m_declip_vit_b_32(root: str) -> Pipeline:
     """DeCLIP ViT-B/32 on DeCLIP's 88M, as far as it was released.
 
-    Command: declip run declip-88m-declip-vit-b-32 --ingest.table declip-88m.parquet
+    Command: declip run declip-88m-declip-vit-b-32 --sources.lists FILE
     Published: 66.2 (ImageNet zero-shot top-1); README of Sense-GVT/DeCLIP (DeCLIP, arXiv
     2110.05208).
     Settings: released configuration: SGD with Nesterov momentum 0.9, fp16, rate 1e-3 to 0.2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from declip_filter import (
     FilterPairs,
     MeasureImages,
 )
+from declip_ingest.sources import ReadPairs, pin_lists
 from declip_ingest.stages import DownloadShards
 from declip_ingest.table import table_digest
 from declip_shards import DeclipError
@@ -19,6 +21,17 @@ from declip_shards.manifest import settings_of
 from declip_train.stages import TrainModel
 from pipelines.evaluate import FACTORY
 from pipelines.pipeline import Pipeline, Step
+
+
+def list_steps(root: str, ingest: DownloadShards, **filters: Any) -> list[Step]:
+    """From lists of URLs as the field has them to a neighbor table."""
+    steps = read_steps(root, ingest, **filters)
+    sources = Step(
+        name="sources",
+        stage=ReadPairs(root=root),
+        summary="read, check and join the lists of URLs and captions",
+    )
+    return [sources, dataclasses.replace(steps[0], reads=("sources",)), *steps[1:]]
 
 
 def read_steps(root: str, ingest: DownloadShards, **filters: Any) -> list[Step]:
@@ -101,17 +114,41 @@ def carry_names(pipeline: Pipeline) -> Pipeline:
 
 
 def derive_pairs(pipeline: Pipeline, *, needs_table: bool = True) -> Pipeline:
-    """Find the table from where the command is given, and let its content count, not its place.
+    """Find lists and tables from where the command is given, and let their content count, not
+    their place. A table given to ingest itself takes the place of the step that reads lists.
 
     Args:
         pipeline: after the user's settings.
-        needs_table: whether a table that does not exist is refused; else it is left as it is named.
+        needs_table: whether a list that does not exist is refused; else it is left as it is named.
 
     Raises:
-        DeclipError: the table does not exist.
+        DeclipError: no list is named, one does not exist, or a list and a table are both named.
     """
     pipeline = carry_names(pipeline)
+    sources: Any = pipeline.step("sources").stage
     ingest: Any = pipeline.step("ingest").stage
+    if ingest.table != DownloadShards.table:
+        return _with_own_table(pipeline, sources, ingest, needs_table=needs_table)
+    if not sources.lists and needs_table:
+        raise DeclipError(
+            "no list is named; name yours with --sources.lists FILE (CC3M, CC12M, YFCC, LAION, "
+            "DataComp, COYO, or any table with URLs and captions: docs/sources.md)."
+        )
+    if needs_table or all(_is_there(location) for location in sources.locations()):
+        sources = pin_lists(sources)
+    return _replace(pipeline, sources=sources, ingest=pin_digests(ingest, needs=needs_table))
+
+
+def _with_own_table(
+    pipeline: Pipeline, sources: ReadPairs, ingest: DownloadShards, *, needs_table: bool
+) -> Pipeline:
+    """Without the step that reads lists: ingest reads a table of the user's as it is."""
+    for setting, value in settings_of(sources, hashed_only=False).items():
+        if value != settings_of(ReadPairs(root=pipeline.root), hashed_only=False)[setting]:
+            raise DeclipError(
+                f"--sources.{setting.replace('_', '-')} and --ingest.table exclude each other: "
+                "lists are read into a table of their own; leave one of them out."
+            )
     is_here = True
     if "://" not in ingest.table:
         ingest = dataclasses.replace(ingest, table=os.path.abspath(ingest.table))
@@ -120,9 +157,24 @@ def derive_pairs(pipeline: Pipeline, *, needs_table: bool = True) -> Pipeline:
             raise DeclipError(
                 f"table {ingest.table!r} does not exist; name yours with --ingest.table FILE."
             )
-    pinned = pin_table(ingest) if is_here else ingest
+    ingest = pin_table(ingest) if is_here else ingest
+    pipeline = _replace(pipeline, ingest=pin_digests(ingest, needs=needs_table))
     steps = [
-        dataclasses.replace(step, stage=pinned) if step.name == "ingest" else step
+        dataclasses.replace(step, reads=tuple(name for name in step.reads if name != "sources"))
+        for step in pipeline.steps
+        if step.name != "sources"
+    ]
+    return dataclasses.replace(pipeline, steps=steps)
+
+
+def _is_there(location: str) -> bool:
+    return "://" in location or bool(glob.glob(os.path.expanduser(location)))
+
+
+def _replace(pipeline: Pipeline, **stages: Any) -> Pipeline:
+    """The pipeline with other stages in the steps of these names."""
+    steps = [
+        dataclasses.replace(step, stage=stages.get(step.name, step.stage))
         for step in pipeline.steps
     ]
     return dataclasses.replace(pipeline, steps=steps)
@@ -170,6 +222,26 @@ def allow_missing_table(pipeline: Pipeline) -> Pipeline:
     if derive not in (derive_pairs, derive_training):
         return pipeline
     return dataclasses.replace(pipeline, derive=functools.partial(derive, needs_table=False))
+
+
+def pin_digests(ingest: DownloadShards, *, needs: bool = True) -> DownloadShards:
+    """Put the digests of blocklists and placeholders into the fingerprint: others, another run.
+
+    Raises:
+        DeclipError: one of them is missing.
+    """
+
+    def full(files: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(file if "://" in file else os.path.abspath(file) for file in files)
+
+    ingest = dataclasses.replace(
+        ingest, blocklists=full(ingest.blocklists), placeholders=full(ingest.placeholders)
+    )
+    files = [*ingest.blocklists, *ingest.placeholders]
+    if ingest.lists_sha256 or not files or (not needs and not all(map(_is_there, files))):
+        return ingest
+    ingest.check_lists()
+    return dataclasses.replace(ingest, lists_sha256=ingest.digest_lists())
 
 
 def pin_table(ingest: DownloadShards) -> DownloadShards:

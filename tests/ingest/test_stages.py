@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from declip_ingest.decode import ImagePolicy
+from declip_ingest.download import ShardDownloader
 from declip_ingest.failures import DECODE_REASONS, FETCH_REASONS
 from declip_ingest.fetch import FetchPolicy
+from declip_ingest.image_policy import ImagePolicy
 from declip_ingest.stages import DownloadShards
 from declip_ingest.table import table_digest
 from declip_shards import DeclipError, Stage, Store, TaskStats, layout, read_samples
@@ -84,6 +85,7 @@ def make_stage(root: Path, server: MisbehavingServer, rows: list[dict[str, Any]]
     settings = {
         "shard_size": SHARD_SIZE,
         "image_size": IMAGE_SIZE,
+        "resize_mode": "border",
         "timeout_seconds": 2.0,
         "retries": 0,
         "allow_addresses": (server.address,),
@@ -94,7 +96,11 @@ def make_stage(root: Path, server: MisbehavingServer, rows: list[dict[str, Any]]
 
 def run(stage: DownloadShards) -> list[TaskStats]:
     work = stage.worker()
-    return [work(task) for task in stage.tasks()]
+    assert isinstance(work, ShardDownloader)
+    try:
+        return [work(task) for task in stage.tasks()]
+    finally:
+        work.close()
 
 
 def hashes(root: Path) -> dict[str, str]:
@@ -377,42 +383,6 @@ def test_every_setting_is_explained():
         and isinstance(after.value, ast.Constant)
     }
     assert {f.name for f in dataclasses.fields(DownloadShards)} <= explained
-
-
-@pytest.mark.slow
-def test_img2datasets_incremental_mode_finds_nothing_to_do(server, tmp_path):
-    """The real tool, same table and shard size, over our folder: no fetch, no changed file."""
-    rows = [row for row in make_rows(server) if row["expected"] in ("", "http_404")]
-    stage = make_stage(tmp_path, server, rows)
-    run(stage)
-    shards = tmp_path / "shards"
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in shards.iterdir()}
-    server.hits.clear()
-    script = (
-        "import sys\n"
-        "from img2dataset import download\n"
-        "if __name__ == '__main__':\n"
-        "    download(url_list=sys.argv[1], output_folder=sys.argv[2], input_format='parquet',\n"
-        "        url_col='url', caption_col='caption', output_format='webdataset',\n"
-        "        processes_count=1, thread_count=1, image_size=32,\n"
-        f"        number_sample_per_shard={SHARD_SIZE}, incremental_mode='incremental')\n"
-    )
-    path = tmp_path / "run_img2dataset.py"
-    path.write_text(script)
-    done = subprocess.run(
-        [sys.executable, path, stage.table_location(), shards],
-        env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"File sharded in 0 shards" in done.stdout
-    assert not server.hits
-    after = {
-        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in shards.iterdir() if p.is_file()
-    }
-    assert after == before
 
 
 @pytest.mark.parametrize("pattern", ["brace", "list"])

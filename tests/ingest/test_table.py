@@ -172,6 +172,21 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path, kind):
     assert "Did you mean 'label'" in text
 
 
+@pytest.mark.parametrize("column", ["url", "caption", "label"])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_two_columns_of_one_name_are_refused_unless_left_out(tmp_path, kind, column):
+    table = pa.table([["http://a/"], ["x"], ["y"], ["z"]], ["url", "caption", "label", column])
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        path.write_text(f"url,caption,label,{column}\nhttp://a/,x,y,z\n")
+    else:
+        pq.write_table(table, path)
+    with pytest.raises(DeclipError, match=f"2 columns named '{column}', and nothing says which"):
+        open_pairs(str(path))
+    if column == "label":
+        assert open_pairs(str(path), extra_columns=()).num_rows == 1
+
+
 def test_one_column_cannot_be_both(tmp_path):
     assert "two different columns" in refusal(write(tmp_path, "csv"), caption_column="url")
 

@@ -120,8 +120,13 @@ def test_without_a_recipe_the_help_is_shown_and_the_status_is_wrong_usage(declip
         ("run demo --dry-run --runner rey", ["--runner is 'rey'", "Did you mean 'ray'"]),
         ("run demo --dry-run --only tran", ["no stage 'tran'", "Did you mean 'train'"]),
         ("run yfcc15m_v2_declip_vit_b_32", ["Did you mean 'yfcc15m-v2-declip-vit-b-32'"]),
-        ("run cc3m-declip-rn50", ["cc3m.parquet' does not exist", "--ingest.table"]),
-        ("run pairs", ["pairs.parquet' does not exist", "--ingest.table"]),
+        ("run cc3m-declip-rn50", ["no list is named", "--sources.lists FILE"]),
+        ("run pairs", ["no list is named", "--sources.lists FILE"]),
+        ("run pairs --sources.lists gone.tsv", ["gone.tsv"]),
+        ("run pairs --ingest.table gone.tsv", ["gone.tsv' does not exist", "--ingest.table"]),
+        ("run pairs --ingest.table a --sources.kind coyo", ["--sources.kind", "exclude"]),
+        ("run pairs --sources.kind laoin", ["'laoin'", "Did you mean 'laion'"]),
+        ("refetch --out runs/none --reason timout", ["'timout'", "'timeout'"]),
         ("run demo --out=", ["--out is empty"]),
         ("run demo --out nowhere://x", ["'nowhere://x'", "another --out"]),
     ],
@@ -216,7 +221,7 @@ def test_a_bad_table_is_one_sentence_and_nothing_half_written(declip, tmp_path, 
     table = write_table(tmp_path / "pairs.parquet", columns)
     out = tmp_path / "out"
     refused(declip("run", "pairs", "--out", str(out), "--ingest.table", table), table, *parts)
-    assert [p.name for p in out.rglob("*") if p.is_file()] in ([], ["lock"])
+    assert [p.name for p in out.rglob("*") if p.is_file()] in ([], ["lock", "tasks.lock"])
 
 
 @pytest.mark.parametrize(("name", "data"), [("pairs.csv", b""), ("pairs.parquet", b"no parquet")])

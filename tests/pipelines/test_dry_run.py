@@ -99,7 +99,7 @@ def test_samples_are_the_commands_else_the_selections_else_the_lists(tmp_path):
 
     assert count() == (3_318_333, "rows of the published list CC3M")
     store = Store(str(tmp_path))
-    for name in ("ingest", "measure", "filter"):
+    for name in ("sources", "ingest", "measure", "filter"):
         finished(store, pipeline, name, 2_905_954)
     assert count() == (2_905_954, "kept by the last run of filter")
     assert count(7) == (7, "from --num-samples")
@@ -124,7 +124,8 @@ def test_what_would_run_and_why_is_what_status_says(tmp_path):
     pipeline = apply_overrides(
         allow_missing_table(recipes.build("cc3m-clip-vit-b-32", str(tmp_path))), []
     )
-    finished(Store(str(tmp_path)), pipeline, "ingest", 5)
+    for name in ("sources", "ingest"):
+        finished(Store(str(tmp_path)), pipeline, name, 5)
     assert re.search(r"^ingest +done +kept +done, and nothing has changed", lines()["ingest"])
 
 
@@ -141,6 +142,10 @@ def test_a_table_that_is_not_there_is_told(tmp_path):
     missing = str(tmp_path / "none.parquet")
     sentence = f"the table {missing!r} is not there; name yours with --ingest.table FILE"
     assert sentence in text_of("pairs", tmp_path, ("--ingest.table", missing))
+    gone = str(tmp_path / "gone.tsv")
+    sentence = f"the list {gone!r} is not there; --sources.lists FILE"
+    assert sentence in text_of("pairs", tmp_path, ("--sources.lists", gone))
+    assert "no list is named yet: --sources.lists FILE" in text_of("pairs", tmp_path)
     # The demo makes its own.
     assert "is not there" not in text_of("demo", tmp_path)
 

@@ -151,8 +151,10 @@ def test_a_digest_of_ones_own_is_kept_and_held_to(pairs, tmp_path):
 
 
 def test_a_missing_table_is_a_sentence_with_the_option(pairs, tmp_path):
-    with pytest.raises(DeclipError, match=r"pairs\.parquet' does not exist; .*--ingest\.table"):
+    with pytest.raises(DeclipError, match=r"no list is named; .*--sources\.lists FILE"):
         pairs()
+    with pytest.raises(DeclipError, match=r"gone\.tsv'"):
+        pairs(("--sources.lists", "gone.tsv"))
     with pytest.raises(DeclipError, match=r"'file:///no/where\.csv' does not exist"):
         pairs(("--ingest.table", "file:///no/where.csv"))
 

@@ -1,16 +1,19 @@
 import dataclasses
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from ray_stages import Trouble
 from toy_stages import MakeNumbers, SumNumbers
 
-from declip_shards import DeclipError, Store
+from declip_shards import DeclipError, Store, rewrite
+from pipelines import lease
 from pipelines.pipeline import Pipeline, Step
-from pipelines.runner import run_pipeline
+from pipelines.runner import run_pipeline, run_step
 from pipelines.states import pipeline_states
 
 
@@ -167,8 +170,124 @@ def test_ray_gives_the_same_manifests_even_when_a_worker_dies(tmp_path):
 
 @pytest.mark.ray
 def test_ray_names_the_failed_task(tmp_path):
-    with pytest.raises(DeclipError, match=r"(?s)1 of 3 tasks.*00002: task 00002 was told to fail"):
+    with pytest.raises(
+        DeclipError, match=r"(?s)1 of 3 tasks.*00002 +1  task 00002 was told to fail"
+    ):
         run(toy(tmp_path, fail_task="00002"), runner="ray")
+
+
+SLOW_RUN = (
+    "import sys\n"
+    "from pipelines.pipeline import Pipeline, Step\n"
+    "from pipelines.runner import run_pipeline\n"
+    "from ray_stages import Trouble\n"
+    "root, runner = sys.argv[1:]\n"
+    "names = tuple(f'fine{n:02d}' for n in range(12))\n"
+    "stage = Trouble(root=root, names=names, seconds=0.4)\n"
+    "steps = (Step(name='trouble', stage=stage, on_ray=True),)\n"
+    "try: run_pipeline(Pipeline(recipe='toy', root=root, steps=steps), steps, runner=runner)\n"
+    "except KeyboardInterrupt: sys.exit(130)\n"
+)
+
+
+def slow_run(root, runner):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    command = [sys.executable, "-c", SLOW_RUN, str(root), runner]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("runner", "number", "status"),
+    [
+        ("local", signal.SIGTERM, 143),
+        ("local", signal.SIGINT, 130),
+        pytest.param("ray", signal.SIGTERM, 143, marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def test_a_signal_stops_a_run_in_time_and_what_is_done_is_kept(tmp_path, runner, number, status):
+    receipts = tmp_path / "manifests" / "trouble"
+    process = slow_run(tmp_path, runner)
+    while len(list(receipts.glob("*.json"))) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    start = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert time.monotonic() - start < 10
+    if number == signal.SIGTERM:
+        assert b"declip: stopped by SIGTERM; what is done is kept" in errors
+    assert b"Traceback" not in errors
+    done = {p.name: p.stat().st_mtime_ns for p in receipts.glob("*.json")}
+    assert 3 <= len(done) < 12
+    again = slow_run(tmp_path, "local")
+    told, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"{12 - len(done)} tasks ({len(done)} already done)".encode() in told
+    assert done.items() <= {p.name: p.stat().st_mtime_ns for p in receipts.glob("*.json")}.items()
+
+
+def test_what_is_hopeless_is_not_tried_for_every_task(tmp_path):
+    names = ("fine-0", "full", "fine-1", "fine-2")
+    stage = Trouble(root=str(tmp_path), names=names)
+    steps = (Step(name="trouble", stage=stage),)
+    with pytest.raises(DeclipError) as told:
+        run(Pipeline(recipe="toy", root=str(tmp_path), steps=steps))
+    lines = str(told.value).splitlines()
+    assert lines[0] == "1 of 4 tasks of 'trouble' failed:"
+    assert lines[1].split() == ["task", "tried", "first", "cause"]
+    assert f"no space to write to {str(tmp_path)!r}" in lines[2]
+    assert lines[3] == "2 more were not started: they would have failed alike."
+    # Each file of this stage has 6 bytes a thousand times.
+    assert "the 3 tasks that are left need about 18.0 KB" in lines[4]
+    assert lines[5].startswith("What is done is kept")
+
+
+def test_a_change_that_was_cut_short_is_finished_first(tmp_path, capsys):
+    run(toy(tmp_path))
+    store = Store(str(tmp_path))
+    rewrite.prepare(store, "refetch", {"numbers/00001.txt": b"1"})
+    changed = run(toy(tmp_path))
+    assert (
+        "finished a change of several files that was cut short: refetch" in capsys.readouterr().out
+    )
+    # And what came of it is seen by the steps.
+    assert not changed["numbers"].skipped
+    assert not (tmp_path / "staging" / "refetch").exists()
+
+
+def test_a_run_that_lost_its_hold_publishes_nothing_more(tmp_path):
+    class Lost:
+        def check(self):
+            raise DeclipError("the lease is lost")
+
+    pipeline = toy(tmp_path)
+    with pytest.raises(DeclipError, match="the lease is lost"):
+        run_step(pipeline, pipeline.steps[0], runner="local", hold=Lost())
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_a_remote_dataset_is_built_under_a_lease(monkeypatch, tmp_path):
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
+    root = f"memory://{tmp_path.name}"
+    assert run(toy(root))["sum"].num_out == 3
+    assert all(report.skipped for report in run(toy(root)).values())
+    with (
+        lease.hold_lease(Store(root)),
+        pytest.raises(DeclipError, match=f"another run \\(process {os.getpid()} on"),
+    ):
+        run(toy(root, count=4))
+
+
+def test_ingest_ends_with_a_table_of_reasons_and_what_to_do(tmp_path, capsys):
+    stage = MakeNumbers(root=str(tmp_path), style="even")
+    steps = (Step(name="ingest", stage=stage),)
+    run(Pipeline(recipe="toy", root=str(tmp_path), steps=steps))
+    told = capsys.readouterr().out
+    assert "  reason  rows  share\n  odd       15  50.0%\n" in told
+    assert f"declip doctor ingest --out {tmp_path}" in told
 
 
 def test_stage_protocol_is_met_by_the_toys(tmp_path):

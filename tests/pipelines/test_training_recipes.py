@@ -40,7 +40,7 @@ def test_every_recipe_is_a_function_of_its_own_with_number_and_source() -> None:
         assert published.acc1 == NUMBERS.get(name)
         assert recipe("x").recipe == name
         text = " ".join(recipes.describe(name).split())
-        assert f"Command: declip run {name} --ingest.table {published.pairs}.parquet" in text
+        assert f"Command: declip run {name} --sources.lists FILE" in text
         assert " Settings: " in text
         if published.acc1 is None:
             assert published.result == NONE_PUBLISHED

@@ -1,3 +1,3 @@
-"""URL lists -> shards: guarded fetching, img2dataset's resizer, modes and layout."""
+"""URL lists -> shards: guarded fetching, img2dataset's modes, arithmetic and layout."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

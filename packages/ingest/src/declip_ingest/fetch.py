@@ -4,55 +4,65 @@ A list of URLs from the web is hostile input: it names private addresses, files,
 servers that never answer. Every limit below holds for each redirect too.
 """
 
-import email.utils
-import errno
-import http.client
+import asyncio
+import math
 import re
 import ssl
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import Literal
 from urllib.parse import urljoin
 
-from urllib3 import exceptions as faults
-from urllib3.response import BaseHTTPResponse
-from urllib3.util import Url, parse_url
+import aiohttp
+from yarl import URL
 
 from declip_ingest import __version__
-from declip_ingest.failures import FetchError
+from declip_ingest.answers import (
+    check_directives,
+    is_opted_out,
+    name_faults,
+    network_failure,
+    retry_after_seconds,
+)
+from declip_ingest.bodies import SMALL_BUFFER_BYTES, SMALL_LIMIT_BYTES, drain, read_body, read_start
+from declip_ingest.failures import PASSING_REASONS, FetchError
 from declip_ingest.guard import (
     AddressGuard,
-    Deadline,
-    guarded_pool_manager,
+    Destination,
+    Lookup,
+    NameCache,
+    Target,
+    check_url,
     parse_allowed,
-    running_under,
+    system_lookup,
 )
+from declip_ingest.hosts import HostLimits, Turn
+from declip_ingest.robots import MAX_ROBOTS_BYTES, USER_AGENT_TOKEN, RobotsCache
 from declip_shards import DeclipError
 
-USER_AGENT_TOKEN = "opendeclip"  # noqa: S105 - a robot's name, no secret
-"""The name by which an X-Robots-Tag header may address us."""
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 """X-Robots-Tag directives that forbid the use; img2dataset's default list."""
-VALUED_DIRECTIVES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
-"""Directives with a colon of their own, which is no robot's name."""
-MAX_REDIRECTS = 5
-MAX_URL_LENGTH = 8192
-"""Characters; longer ones are no picture's address."""
-MAX_RETRY_AFTER_SECONDS = 60.0
-"""A server that asks for a longer pause is not waited for."""
-RETRYABLE_REASONS = frozenset(
-    {"dns_failure", "connection_refused", "connection_reset", "timeout"}
-    | {"http_429", "http_502", "http_503", "http_504"}
+THROTTLE_REASONS = frozenset({"http_429", "http_503"})
+"""The host is busy: it is left alone as long as it asks for."""
+# What a host's robots.txt came to is kept for half a minute, which a row's retries do not outlast.
+RETRYABLE_REASONS = PASSING_REASONS - {"robots_unavailable"}
+"""Failures after which a URL is tried again while time remains."""
+UNREACHABLE_REASONS = frozenset(
+    {"dns_failure", "connection_refused", "host_unreachable", "network_error", "tls_error"}
+    | {"forbidden_address", "forbidden_port"}
 )
+"""When robots.txt fails so, the picture would too, for the same reason."""
+ROBOTS_SHARE = 0.75
+"""Of a URL's time that the host's robots.txt may take."""
 FIRST_BACKOFF_SECONDS = 0.25
 """Doubles with every retry."""
-MIN_RATE_GRACE_SECONDS = 2.0
-"""A body may be slower than the minimum rate this long."""
-READ_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 15
+"""Of one header line."""
+KEEP_ALIVE_SECONDS = 15.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_FOUND = re.compile(r"http_4(?!29)\d\d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +70,34 @@ class FetchPolicy:
     """The limits of a fetch; each is checked when the policy is made."""
 
     timeout_seconds: float = 10.0
-    """For one URL in all: look-up, connections, redirects, retries and pauses, body."""
+    """Of work for one URL in all: look-ups, connections, redirects, retries, body, robots.txt.
+
+    Pauses that a server asked for, and waiting for a host's turn, come on top.
+    """
     connect_timeout_seconds: float = 5.0
     """For one connection to be made."""
     first_byte_timeout_seconds: float = 10.0
     """For one request until its headers are there, the making of a connection included."""
     retries: int = 2
     """Further attempts after a passing failure, while time remains."""
+    max_redirects: int = 5
+    """Followed at most for one URL; each is vetted like the first."""
     max_body_bytes: int = 20_000_000
     """A longer body is refused."""
     min_bytes_per_second: int = 1024
     """A body that comes slower, after two seconds of grace, counts as a timeout; 0 is no limit."""
+    max_retry_after_seconds: float = 60.0
+    """A host that asks for a longer pause is not waited for; its rows fail meanwhile."""
+    host_connections: int = 16
+    """Requests under way at one host at most."""
+    host_requests_per_second: float = 0.0
+    """Requests started at one host at most; 0 is no limit."""
+    robots: Literal["obey", "ignore"] = "obey"
+    """Whether robots.txt is asked for and obeyed."""
     allow_addresses: Sequence[str] = ()
     """``host:port`` that may be reached though private or of another port than 80 and 443."""
+    insecure_tls: bool = False
+    """Take any certificate: expired, self-signed, of another host."""
     user_agent_contact: str = ""
     """Address or URL under which operators of web servers reach you."""
     disallowed_header_directives: Sequence[str] = OPT_OUT_DIRECTIVES
@@ -80,16 +105,29 @@ class FetchPolicy:
 
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "connect_timeout_seconds", "first_byte_timeout_seconds"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
                 raise DeclipError(
-                    f"{name} is {getattr(self, name)} but must be above 0; give seconds such as 10."
+                    f"{name} is {value} but must be above 0 and finite; give seconds such as 10."
                 )
-        for name, least in (("retries", 0), ("max_body_bytes", 1), ("min_bytes_per_second", 0)):
-            if getattr(self, name) < least:
+        for name in ("max_retry_after_seconds", "host_requests_per_second"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
                 raise DeclipError(
-                    f"{name} is {getattr(self, name)} but must be at least {least}; raise it."
+                    f"{name} is {value} but must be at least 0 and finite; raise it, or leave it "
+                    "out."
                 )
+        least = {"retries": 0, "max_redirects": 0, "max_body_bytes": 1}
+        least |= {"min_bytes_per_second": 0, "host_connections": 1}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise DeclipError(
+                    f"{name} is {getattr(self, name)} but must be at least {limit}; raise it."
+                )
+        if self.robots not in ("obey", "ignore"):
+            raise DeclipError(f"robots is {self.robots!r} but must be obey or ignore; pick one.")
         parse_allowed(self.allow_addresses)
+        check_directives(self.disallowed_header_directives)
         contact = self.user_agent_contact
         if not contact.isascii() or (contact and not contact.isprintable()):
             raise DeclipError(
@@ -104,250 +142,357 @@ class FetchPolicy:
         return f"{USER_AGENT_TOKEN}/{__version__} (image dataset downloader{contact})"
 
 
-def check_url(url: str) -> Url:
-    """Parse ``url``; refuse what is never fetched.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetched:
+    """What became of one URL: a body or a failure, never both."""
 
-    Raises:
-        FetchError: ``bad_url`` or ``bad_scheme``.
-    """
-    if not url or len(url) > MAX_URL_LENGTH or _CONTROL.search(url):
-        detail = "empty" if not url else "length" if len(url) > MAX_URL_LENGTH else "control"
-        raise FetchError("bad_url", detail)
-    try:
-        parts = parse_url(url)
-    except (faults.LocationParseError, ValueError) as error:
-        raise FetchError("bad_url") from error
-    if parts.scheme is not None and parts.scheme not in ("http", "https"):
-        raise FetchError("bad_scheme")
-    if parts.scheme is None or not parts.host:
-        raise FetchError("bad_url", "not absolute")
-    if parts.auth is not None:
-        raise FetchError("bad_url", "user name")
-    return parts
-
-
-def is_opted_out(values: Sequence[str], directives: Sequence[str]) -> bool:
-    """Whether X-Robots-Tag headers forbid the use, for everyone or for our name.
-
-    ``noai``, ``opendeclip: noindex`` and ``otherbot: noai, opendeclip: noai`` are understood; a
-    name holds until the header's end or the next name.
-    """
-    refused = {d.strip().lower() for d in directives}
-    for value in values:
-        robot = None
-        for part in value.lower().split(","):
-            name, colon, rest = (piece.strip() for piece in part.partition(":"))
-            directive = name
-            if colon and name not in VALUED_DIRECTIVES:
-                robot, directive = name, rest
-            if robot in (None, USER_AGENT_TOKEN) and directive in refused:
-                return True
-    return False
+    url: str
+    """As it was asked for."""
+    body: bytes | None
+    """Never empty, never cut."""
+    failure: FetchError | None
+    http_status: int | None
+    """Of the last answer; None where none came."""
+    attempts: int
+    """Times that the URL was tried, redirects not counted; 0 if it may not be fetched at all."""
+    milliseconds: int
+    """From the call to the outcome, pauses included."""
+    host: str
+    """Of ``url``, with its port where that is not the scheme's own; empty for what is no URL."""
+    final_url: str
+    """The last URL asked for, after redirects; empty where nothing was."""
 
 
-def retry_after_seconds(value: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for: a number, or a date from now on."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+@dataclass(kw_only=True, slots=True)
+class _Trip:
+    """One URL's way: what it has left, and what is known of it."""
+
+    seconds_left: float
+    """Of work."""
+    for_robots: bool = False
+    """Whether it is a robots.txt, of which the beginning will do."""
+    attempts: int = 0
+    http_status: int | None = None
+    target: Target | None = None
+    """Where it stands."""
+    is_final: bool = False
+    """Whether another attempt is known to be no use."""
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """What urllib3 wrapped: ``ProtocolError("...", cause)``."""
-    if isinstance(error, faults.ProtocolError) and len(error.args) > 1:
-        cause = error.args[1]
-        if isinstance(cause, BaseException):
-            return cause
-    return error
-
-
-def _network_failure(error: Exception) -> FetchError:
-    """The stable name of a fault of the network or of the protocol.
-
-    Raises:
-        DeclipError: the fault is this machine's (no file descriptors left): not the row's failure.
-    """
-    cause = _root_cause(error)
-    if isinstance(cause, faults.TimeoutError | TimeoutError):
-        return FetchError("timeout")
-    if isinstance(cause, faults.SSLError | ssl.SSLError | ssl.CertificateError):
-        return FetchError("tls_error")
-    if isinstance(cause, http.client.IncompleteRead):
-        return FetchError("short_body")
-    # http.client.RemoteDisconnected is a ConnectionResetError.
-    if isinstance(cause, ConnectionResetError | BrokenPipeError | ConnectionAbortedError):
-        return FetchError("connection_reset")
-    if isinstance(cause, ConnectionRefusedError):
-        return FetchError("connection_refused")
-    if isinstance(cause, OSError):
-        if cause.errno in (errno.EMFILE, errno.ENFILE):
-            raise DeclipError(
-                "this process has no file descriptor left for a connection; lower thread_count or "
-                "raise the limit with 'ulimit -n'."
-            ) from error
-        if cause.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-            return FetchError("host_unreachable")
-        return FetchError("network_error", errno.errorcode.get(cause.errno or 0, ""))
-    if isinstance(cause, faults.LocationValueError | http.client.InvalidURL | UnicodeError):
-        return FetchError("bad_url")
-    return FetchError("bad_response")
+def _tls_context(policy: FetchPolicy) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if policy.insecure_tls:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 class Fetcher:
-    """One for a process, shared by its threads: pooled connections under one policy.
+    """One for a process and its loop: pooled connections under one policy.
+
+    Create it and use it within the running loop. ``fetch`` may run any number of times at once;
+    what is over ``max_connections``, or over a host's share, waits its turn.
 
     Args:
         policy: the limits.
-        max_connections: idle connections kept; the number of threads that fetch.
+        max_connections: requests under way at a time.
+        robots_cache: shared robots.txt; None keeps them in this fetcher's memory. It is closed
+            with the fetcher.
+        lookup: blocking look-up of a host name.
     """
 
-    def __init__(self, policy: FetchPolicy | None = None, max_connections: int = 32) -> None:
-        self.policy = policy or FetchPolicy()
-        self._guard = AddressGuard(self.policy.allow_addresses, self.policy.connect_timeout_seconds)
-        self._pools = guarded_pool_manager(self._guard, max_connections)
-        # Identity only: a compressed body is a bomb until proven otherwise, and a picture gains
-        # nothing by it.
-        self._headers = {
-            "User-Agent": self.policy.user_agent,
-            "Accept": "image/*,*/*;q=0.5",
-            "Accept-Encoding": "identity",
-        }
+    def __init__(
+        self,
+        policy: FetchPolicy | None = None,
+        *,
+        max_connections: int = 64,
+        robots_cache: RobotsCache | None = None,
+        lookup: Lookup = system_lookup,
+    ) -> None:
+        self.policy = policy = policy or FetchPolicy()
+        # With a small limit already the first read could bring more than it allows.
+        is_small = policy.max_body_bytes < SMALL_LIMIT_BYTES
+        self._guard = AddressGuard(
+            policy.allow_addresses,
+            lookup=lookup,
+            receive_buffer_bytes=SMALL_BUFFER_BYTES if is_small else None,
+        )
+        self._hosts = HostLimits(
+            policy.host_connections,
+            policy.host_requests_per_second,
+            policy.max_retry_after_seconds,
+        )
+        self._robots = robots_cache or RobotsCache()
+        self._places = asyncio.Semaphore(max_connections)
+        self._max_sockets = 4 * max_connections
+        context = _tls_context(policy)
+        self._session = self._open_session(context, keep_alive=True)
+        self._crowded_session = self._open_session(context, keep_alive=False)
 
-    def close(self) -> None:
-        self._pools.clear()
-        self._guard.close()
+    def _open_session(self, context: ssl.SSLContext, *, keep_alive: bool) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                # Turns and places are given out by us; the connector's own limit would eat the
+                # URL's time.
+                limit=0,
+                resolver=self._guard,
+                use_dns_cache=False,
+                socket_factory=self._guard.open_socket,
+                ssl=context,
+                force_close=not keep_alive,
+                keepalive_timeout=KEEP_ALIVE_SECONDS if keep_alive else None,
+            ),
+            # Identity only: a compressed body is a bomb until proven otherwise, and a picture
+            # gains nothing by it.
+            headers={
+                "User-Agent": self.policy.user_agent,
+                "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "identity",
+            },
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=self.policy.connect_timeout_seconds,
+                ceil_threshold=math.inf,
+            ),
+            read_bufsize=1 << 15,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            middlewares=(name_faults,),
+        )
 
-    def __enter__(self) -> "Fetcher":
+    @property
+    def names(self) -> NameCache:
+        """The look-ups; their times to live can be changed."""
+        return self._guard.names
+
+    @property
+    def num_sockets(self) -> int:
+        """Connections open now, in use or idle."""
+        return self._guard.count_sockets(enough=0)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._robots.aclose()
+        await self._session.close()
+        await self._crowded_session.close()
+        await self._guard.close()
+
+    async def __aenter__(self) -> "Fetcher":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
-    def fetch(self, url: str) -> bytes:
-        """The body behind ``url``; never empty, never cut.
+    async def fetch(self, url: str) -> Fetched:
+        """Fetch the body behind ``url``, or the reason why not.
 
         Raises:
-            FetchError: with one of the stable reasons; after the retries for a passing one.
+            DeclipError: a fault of this machine, such as no file descriptor left.
         """
-        deadline = Deadline(self.policy.timeout_seconds)
-        for pause in self._pauses(url):
+        start = time.monotonic()
+        trip = _Trip(seconds_left=self.policy.timeout_seconds)
+        body: bytes | None = None
+        failure: FetchError | None = None
+        host = ""
+        try:
+            target = check_url(url)
+            host = target.netloc
+            body = await self._try_often(target, trip)
+        except FetchError as error:
+            # A new one: the old one's traceback holds on to what was read.
+            failure = FetchError(error.reason, error.detail, retry_after=error.retry_after)
+        return Fetched(
+            url=url,
+            body=body,
+            failure=failure,
+            http_status=trip.http_status,
+            attempts=trip.attempts,
+            milliseconds=round((time.monotonic() - start) * 1000),
+            host=host,
+            final_url=trip.target.url if trip.target else "",
+        )
+
+    async def _try_often(self, target: Target, trip: _Trip) -> bytes:
+        """Attempts with pauses between them.
+
+        The spread of the pauses, which keeps requests from knocking together, comes from the URL
+        and not from a random generator: a rerun does the same.
+        """
+        spread = 0.5 + zlib.crc32(target.url.encode()) / 2**32
+        for attempt in range(self.policy.retries + 1):
+            trip.attempts += 1
             try:
-                with running_under(deadline):
-                    return self._follow(url, deadline)
+                return await self._follow(target, trip)
             except FetchError as error:
                 failure = error
-            if failure.reason not in RETRYABLE_REASONS or pause is None:
+            if failure.detail == "host paused":
+                trip.attempts -= 1
+            if failure.reason not in RETRYABLE_REASONS or trip.is_final or trip.seconds_left <= 0:
                 break
-            if failure.retry_after is not None:
-                pause = failure.retry_after
-            if pause > MAX_RETRY_AFTER_SECONDS or time.monotonic() + pause >= deadline.end:
+            if failure.reason in THROTTLE_REASONS:
+                # The host's next turn waits for the pause's end, if that is not too far.
+                if trip.target and not self._hosts.is_waited_for(trip.target.server):
+                    break
+                continue
+            pause = FIRST_BACKOFF_SECONDS * 2**attempt * spread
+            if attempt == self.policy.retries or pause >= trip.seconds_left:
                 break
-            time.sleep(pause)
+            trip.seconds_left -= pause
+            await asyncio.sleep(pause)
         raise failure
 
-    def _pauses(self, url: str) -> Iterator[float | None]:
-        """Seconds to wait after each attempt; None after the last.
-
-        The spread, which keeps threads from knocking together, comes from the URL and not from a
-        random generator: a rerun does the same.
-        """
-        spread = 0.5 + zlib.crc32(url.encode("utf-8", "surrogatepass")) / 2**32
-        for attempt in range(self.policy.retries):
-            yield FIRST_BACKOFF_SECONDS * 2**attempt * spread
-        yield None
-
-    def _follow(self, url: str, deadline: Deadline) -> bytes:
+    async def _follow(self, target: Target, trip: _Trip) -> bytes:
         """One attempt, redirects included."""
         seen = set()
-        for hop in range(MAX_REDIRECTS + 1):
+        for _ in range(self.policy.max_redirects + 1):
+            if target.url in seen:
+                break
+            seen.add(target.url)
+            trip.target = target
+            # What may not be reached is not even asked for its robots.txt.
+            self._guard.vet_literal(target)
+            if self.policy.robots == "obey" and not trip.for_robots:
+                await self._ask_robots(target, trip)
+            answer = await self._visit(target, trip)
+            if isinstance(answer, bytes):
+                return answer
             try:
-                target = check_url(url).url
+                target = check_url(urljoin(target.url, answer.strip()))
             except FetchError as error:
-                if hop == 0:
+                if error.reason == "forbidden_address":
                     raise
                 raise FetchError("bad_redirect", error.reason) from error
-            if target in seen:
-                raise FetchError("redirect_loop")
-            seen.add(target)
-            location = self._request(target, deadline)
-            if isinstance(location, bytes):
-                return location
-            try:
-                url = urljoin(target, location)
             except ValueError as error:
                 raise FetchError("bad_redirect", "bad_url") from error
         raise FetchError("redirect_loop")
 
-    def _request(self, url: str, deadline: Deadline) -> bytes | str:
-        """One request: the body, or where it redirects to."""
-        response: BaseHTTPResponse | None = None
-        deadline.start_phase(self.policy.first_byte_timeout_seconds)
+    async def _ask_robots(self, target: Target, trip: _Trip) -> None:
+        """Raise unless the host's robots.txt lets us have ``target``."""
+        rules = self._robots.known(target.origin)
+        if rules is None:
+            start = time.monotonic()
+            try:
+                rules = await self._robots.rules(target.origin, self._download_robots)
+            except FetchError as error:
+                trip.is_final = True
+                if error.reason in UNREACHABLE_REASONS or error.detail == "connect":
+                    raise
+                raise FetchError("robots_unavailable", error.reason) from error
+            finally:
+                # No more than its own work may have taken: pauses are not charged to the row.
+                waited = time.monotonic() - start
+                trip.seconds_left -= min(waited, ROBOTS_SHARE * self.policy.timeout_seconds)
+        if not rules.allows(target.url):
+            raise FetchError("robots_denied")
+
+    async def _download_robots(self, url: str) -> str | None:
+        """The text of a robots.txt; None where there is none."""
+        trip = _Trip(seconds_left=ROBOTS_SHARE * self.policy.timeout_seconds, for_robots=True)
         try:
-            response = self._pools.urlopen(
-                "GET",
-                url,
-                headers=self._headers,
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-                timeout=deadline.remaining(),
-            )
-            deadline.end_phase()
+            body = await self._try_often(check_url(url), trip)
+        except FetchError as error:
+            if _NOT_FOUND.fullmatch(error.reason):
+                return None
+            raise
+        return body.decode("utf-8", "replace")
+
+    async def _visit(self, target: Target, trip: _Trip) -> bytes | str:
+        """One request, when its turn has come: the body, or where it redirects to."""
+        turn = await self._hosts.turn(target.server)
+        async with turn, self._places:
+            start = asyncio.get_running_loop().time()
+            end = start + trip.seconds_left
+            destination = self._guard.start(target)
+            try:
+                first_byte = start + self.policy.first_byte_timeout_seconds
+                async with asyncio.timeout_at(min(first_byte, end)) as limit:
+                    response = await self._open(target, destination)
+                    limit.reschedule(end)
+                    return await self._read(response, trip, turn, limit)
+            except TimeoutError as error:
+                if destination.is_resolving:
+                    raise FetchError("dns_failure") from error
+                raise network_failure(error) from error
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise network_failure(error) from error
+            finally:
+                trip.seconds_left -= asyncio.get_running_loop().time() - start
+
+    async def _open(self, target: Target, destination: Destination) -> aiohttp.ClientResponse:
+        """Send the request; the answer's headers, its body unread."""
+        # A list of a million hosts would leave a million idle connections.
+        is_crowded = self._guard.count_sockets(self._max_sockets) >= self._max_sockets
+        session = self._crowded_session if is_crowded else self._session
+        url = URL(target.url, encoded=True)
+        while True:
+            try:
+                return await session.get(url, allow_redirects=False)
+            except FetchError as error:
+                # A server may hang up on an idle connection at any time: that says nothing of
+                # this URL.
+                if error.reason != "connection_reset" or destination.is_new:
+                    raise
+
+    async def _read(
+        self, response: aiohttp.ClientResponse, trip: _Trip, turn: Turn, limit: asyncio.Timeout
+    ) -> bytes | str:
+        """What an answer comes to: a body, or where it redirects to."""
+        try:
+            trip.http_status = response.status
             if response.status in _REDIRECTS:
+                turn.served()
                 location = response.headers.get("Location")
+                limit.reschedule(None)  # the outcome is known; draining has a limit of its own
+                await drain(response)
                 if not location:
                     raise FetchError("bad_redirect", "no target")
-                # http.client reads headers as Latin-1; a raw UTF-8 path is what servers send.
-                return location.encode("latin-1", "replace").decode("utf-8", "replace")
-            self._check_headers(response)
-            return self._read_body(response)
-        except (faults.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            raise _network_failure(error) from error
-        finally:
-            if response is not None:
-                # Unread bytes would be the next answer's first: the connection goes, unless the
-                # body was read to its end, when it is back in the pool already.
-                response.close()
-                response.release_conn()
-
-    def _check_headers(self, response: BaseHTTPResponse) -> None:
-        headers = response.headers
-        if response.status != http.HTTPStatus.OK:
-            raise FetchError(
-                f"http_{response.status}",
-                retry_after=retry_after_seconds(headers.get("Retry-After")),
+                return location
+            if (failure := self._judge_status(response, turn, trip)) is not None:
+                limit.reschedule(None)
+                await drain(response)
+                raise failure
+            self._check_headers(response, trip)
+            if trip.for_robots:
+                return await read_start(response, MAX_ROBOTS_BYTES)
+            return await read_body(
+                response, self.policy.max_body_bytes, self.policy.min_bytes_per_second
             )
-        if is_opted_out(headers.getlist("X-Robots-Tag"), self.policy.disallowed_header_directives):
+        finally:
+            # Unread bytes would be the next answer's first: the connection goes, unless the body
+            # was read to its end, when it is back in the pool already.
+            response.close()
+
+    def _judge_status(
+        self, response: aiohttp.ClientResponse, turn: Turn, trip: _Trip
+    ) -> FetchError | None:
+        status = response.status
+        if status == 200 or (trip.for_robots and 200 < status < 300):
+            turn.served()
+            return None
+        failure = FetchError(
+            f"http_{status}",
+            retry_after=retry_after_seconds(response.headers.get("Retry-After")),
+        )
+        if failure.reason in THROTTLE_REASONS:
+            turn.throttled(failure.reason, failure.retry_after)
+        elif status < 500:
+            turn.served()
+        return failure
+
+    def _check_headers(self, response: aiohttp.ClientResponse, trip: _Trip) -> None:
+        headers = response.headers
+        tags = headers.getall("X-Robots-Tag", ())
+        if (
+            tags
+            and not trip.for_robots
+            and is_opted_out(tags, self.policy.disallowed_header_directives)
+        ):
             raise FetchError("opted_out")
         if headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
             raise FetchError("content_encoding")
-        announced = headers.get("Content-Length", "")
-        if announced.isdecimal() and int(announced) > self.policy.max_body_bytes:
+        if not trip.for_robots and (response.content_length or 0) > self.policy.max_body_bytes:
             raise FetchError("too_large")
-
-    def _read_body(self, response: BaseHTTPResponse) -> bytes:
-        """At most ``max_body_bytes`` and one read; urllib3 compares with Content-Length."""
-        body = bytearray()
-        start = time.monotonic()
-        while block := response.read1(READ_BYTES, decode_content=False):
-            body += block
-            if len(body) > self.policy.max_body_bytes:
-                raise FetchError("too_large")
-            elapsed = time.monotonic() - start
-            if (
-                elapsed > MIN_RATE_GRACE_SECONDS
-                and len(body) < elapsed * self.policy.min_bytes_per_second
-            ):
-                raise FetchError("timeout")
-        if not body:
-            raise FetchError("empty_body")
-        return bytes(body)

@@ -1,37 +1,33 @@
 """Ingest as a stage: one task downloads one shard."""
 
 import dataclasses
-import datetime
-import decimal
+import json
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
-
-from declip_ingest.decode import DecodedImage, ImageNormalizer, ImagePolicy
-from declip_ingest.failures import FetchError, RowFailureError
-from declip_ingest.fetch import Fetcher, FetchPolicy
+from declip_ingest.digests import read_digests
+from declip_ingest.fetch import FetchPolicy
+from declip_ingest.image_policy import ImagePolicy
 from declip_ingest.table import PairTable, open_pairs, plan_shards, table_digest
-from declip_shards import DeclipError, Sample, Store, TaskStats, layout, write_shard
+from declip_shards import DeclipError, Store, TaskStats, layout
+from declip_shards.errors import did_you_mean
+from declip_shards.manifest import canonical_json, settings_of
 
 NOT_HASHED = {"fingerprint": False}
 """Of settings that cannot change a byte of the output."""
-RESULT_COLUMNS = (
-    ("key", pa.string()),
-    ("status", pa.string()),
-    ("error_message", pa.string()),
-    ("width", pa.int32()),
-    ("height", pa.int32()),
-    ("original_width", pa.int32()),
-    ("original_height", pa.int32()),
-    ("sha256", pa.string()),
-)
-"""img2dataset's columns beside those of the table; ``exif`` is left out, for it holds places."""
+HASH_COLUMN = "expected_hash"
+"""What the step that reads lists calls a column of digests; taken where the table has it."""
+BOXES_COLUMN = "boxes"
+"""What that step calls a column of boxes to blur; taken where the table has it."""
+SHARD_FILE = re.compile(r"(\d{5,})(?:\.tar|\.tar\.idx|\.parquet|_stats\.json)")
+"""Names of a shard's files."""
+SETTINGS_PATH = "ledger/ingest/settings.json"
+"""All settings of the last ingest, for commands that go on with its work."""
+START_SECONDS = 300.0
+"""For a worker to load what it needs, on top of what a shard may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,56 +58,130 @@ class DownloadShards:
     image_size: int = 256
     """Pixels of the stored pictures' side or sides, as resize_mode says."""
     resize_mode: Literal["border", "keep_ratio", "keep_ratio_largest", "center_crop", "no"] = (
-        "border"
+        "keep_ratio"
     )
     """img2dataset's modes: pad to a square, shorter side, longer side, crop a square, leave."""
     resize_only_if_bigger: bool = False
     """Leave pictures that are already small enough at their size."""
+    resizer: Literal["scaled", "exact", "img2dataset"] = "scaled"
+    """scaled: JPEG decoded at a fraction where exact enough; exact: img2dataset's pixels."""
+    skip_reencode: bool = False
+    """Keep a baseline JPEG that needs no resize as it was encoded, without its metadata."""
     encode_quality: int = 90
     """JPEG quality of the stored pictures, 1 to 100."""
+    optimize_huffman: bool = True
+    """Huffman tables made for each picture: 2 to 4 % fewer bytes for 0.4 ms of processor time."""
+    boxes_column: str = ""
+    """Column of boxes to blur (left, top, right, bottom, 0 to 1); empty: boxes, if there; none."""
     min_image_size: int = 0
     """Pixels that the shorter side must have at least."""
-    max_aspect_ratio: float | None = None
+    max_aspect_ratio: float | None = 20.0
     """Longer side over shorter side at most; none is no limit."""
     max_pixels: int = 64_000_000
     """Width times height at most, judged before decoding."""
     formats: tuple[str, ...] = ("jpeg", "png", "webp", "gif")
     """Picture formats taken (avif and bmp can be added); of an animation the first frame."""
-    thread_count: int = field(default=32, metadata=NOT_HASHED)
+    decode_processes: int = field(default=1, metadata=NOT_HASHED)
+    """Child processes that decode, in one task."""
+    decode_timeout_seconds: float = 20.0
+    """For one picture to be decoded and resized."""
+    decode_memory_bytes: int = 1 << 30
+    """Memory that one decoder may take; a picture that wants more fails."""
+    hash_column: str = ""
+    """Column of digests (hex, or sha256:hex); empty: expected_hash, if there; none."""
+    verify_hash: bool = True
+    """Refuse files whose bytes are not those that the list's digest names."""
+    # Where the files lie cannot change a byte; what they say is known by lists_sha256.
+    blocklists: tuple[str, ...] = field(default=(), metadata=NOT_HASHED)
+    """Files of sha256, md5 or sha512 digests whose bytes are never written."""
+    placeholders: tuple[str, ...] = field(default=(), metadata=NOT_HASHED)
+    """Files of digests of pictures that stand for a photo that is gone."""
+    placeholder_repeats: int = 10
+    """The same bytes from so many URLs of one shard are a placeholder; 0 is never."""
+    lists_sha256: tuple[str, ...] = ()
+    """Digests of blocklists and placeholders that the run was planned for; others are refused."""
+    thread_count: int = field(default=64, metadata=NOT_HASHED)
     """Downloads at the same time in one task."""
+    host_connections: int = field(default=16, metadata=NOT_HASHED)
+    """Downloads at the same time from one host, in one task."""
+    host_requests_per_second: float = field(default=0.0, metadata=NOT_HASHED)
+    """Requests a second to one host at most, in one task; 0 is no limit."""
+    robots: Literal["obey", "ignore"] = "obey"
+    """Whether a host's robots.txt is asked, once, and obeyed."""
     timeout_seconds: float = 10.0
-    """For one URL in all: look-up, connections, redirects, retries, pauses and body."""
+    """Of work for one URL in all: look-up, connections, redirects, retries and body."""
     connect_timeout_seconds: float = 5.0
     """For one connection to be made."""
     first_byte_timeout_seconds: float = 10.0
     """For one request until its headers are there."""
     retries: int = 2
     """Further attempts after a passing failure, while timeout_seconds lasts."""
+    max_redirects: int = 5
+    """Redirects that are followed, each checked like the URL itself."""
+    max_retry_after_seconds: float = 60.0
+    """Longest pause that a server may ask for (Retry-After) and is given."""
     max_body_bytes: int = 20_000_000
     """Bytes of a picture's file at most."""
     min_bytes_per_second: int = 1024
     """A body slower than this after two seconds counts as a timeout; 0 is no limit."""
     allow_addresses: tuple[str, ...] = ()
     """host:port that may be reached though not public or of another port than 80 and 443."""
+    insecure_tls: bool = False
+    """Accept certificates that are not valid."""
     user_agent_contact: str = field(default="", metadata=NOT_HASHED)
     """Your e-mail address or URL, told to every web server in the User-Agent header."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that forbid a picture's use."""
+    max_dns_failure_share: float = 0.3
+    """A shard in which more of the host names than this do not resolve fails, for a later run."""
+    memory_bytes: int = field(default=1_000_000_000, metadata=NOT_HASHED)
+    """Memory that Ray keeps free for one task; 0 asks for none."""
+    task_timeout_seconds: float = field(default=0.0, metadata=NOT_HASHED)
+    """For one shard, after which its task is started anew; 0 is what its URLs may take."""
 
     def __post_init__(self) -> None:
         # The policies' own checks: a wrong setting is refused before anything is fetched.
         self.fetch_policy()
         self.image_policy()
         plan_shards(0, self.shard_size)
-        if not 1 <= self.thread_count <= 1024:
+        limits = (
+            ("thread_count", 1, 4096, 64),
+            ("decode_processes", 1, 256, 1),
+            ("decode_memory_bytes", 256 << 20, 1 << 40, 1 << 30),
+            ("placeholder_repeats", 0, 1 << 30, 10),
+            ("max_dns_failure_share", 0, 1, 0.3),
+            ("memory_bytes", 0, 1 << 50, 1_000_000_000),
+        )
+        for name, least, most, advice in limits:
+            if not least <= getattr(self, name) <= most:
+                raise DeclipError(
+                    f"{name} is {getattr(self, name)} but must lie between {least} and {most}; "
+                    f"try {advice}."
+                )
+        if self.placeholder_repeats == 1:
             raise DeclipError(
-                f"thread_count is {self.thread_count} but must lie between 1 and 1024; try 32."
+                "placeholder_repeats is 1, which would take every picture for a placeholder; give "
+                "0 for none, or 2 and more."
             )
+        for name in ("decode_timeout_seconds", "task_timeout_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0) or (name[0] == "d" and not value):
+                raise DeclipError(f"{name} is {value}; give seconds above 0, such as 20.")
         if self.table_sha256 and len(self.table_sha256) != 64:
             raise DeclipError(
                 f"table_sha256 is {self.table_sha256!r}, not a sha256 of 64 hex digits; leave it "
                 "out or take it from sha256sum."
             )
+
+    @property
+    def task_seconds(self) -> float:
+        """How long a shard may take: were all its URLs of one slow host that asks for pauses."""
+        if self.task_timeout_seconds:
+            return self.task_timeout_seconds
+        rounds = math.ceil(self.shard_size / min(self.thread_count, self.host_connections))
+        each = self.timeout_seconds + self.max_retry_after_seconds
+        paced = self.shard_size / (self.host_requests_per_second or math.inf)
+        return START_SECONDS + rounds * each + paced + 2 * self.shard_size
 
     def fetch_policy(self) -> FetchPolicy:
         """The limits of a fetch."""
@@ -161,9 +231,58 @@ class DownloadShards:
             extra_columns=self.extra_columns,
         )
 
+    def find_hash_column(self, names: Sequence[str]) -> str:
+        """The table's column of digests to compare with; empty where there is none to compare.
+
+        Raises:
+            DeclipError: the named column is not carried.
+        """
+        return self._find("hash_column", HASH_COLUMN, names) if self.verify_hash else ""
+
+    def find_boxes_column(self, names: Sequence[str]) -> str:
+        """The table's column of boxes to blur; empty where nothing is blurred.
+
+        Raises:
+            DeclipError: the named column is not carried.
+        """
+        return self._find("boxes_column", BOXES_COLUMN, names)
+
+    def _find(self, setting: str, usual: str, names: Sequence[str]) -> str:
+        column: str = getattr(self, setting)
+        if column == "none":
+            return ""
+        if column and column not in names:
+            raise DeclipError(
+                f"there is no carried column {column!r} (set by {setting})."
+                f"{did_you_mean(column, names)}"
+            )
+        return column or (usual if usual in names else "")
+
+    def digest_lists(self) -> tuple[str, ...]:
+        """sha256 of each file of digests, as they are now."""
+        return tuple(table_digest(f) for f in (*self.blocklists, *self.placeholders))
+
+    def check_lists(self) -> None:
+        """Read the files of digests.
+
+        Raises:
+            DeclipError: one is missing or damaged, or not the one that the run was planned for.
+        """
+        read_digests(self.blocklists, "blocklists")
+        read_digests(self.placeholders, "placeholders")
+        if self.lists_sha256 and self.lists_sha256 != self.digest_lists():
+            raise DeclipError(
+                "a file of blocklists or placeholders has changed since this run was planned; "
+                "give the same command again, which plans it anew."
+            )
+
     def tasks(self) -> Sequence[str]:
         """Shard numbers; the table is checked on the way, before anything is fetched."""
-        return plan_shards(self.open_table().num_rows, self.shard_size)
+        pairs = self.open_table()
+        self.find_hash_column(pairs.schema.names)
+        self.find_boxes_column(pairs.schema.names)
+        self.check_lists()
+        return plan_shards(pairs.num_rows, self.shard_size)
 
     def is_done(self, task: str) -> bool:
         """Whether the shard's three files stand; its stats file is written last."""
@@ -171,156 +290,55 @@ class DownloadShards:
         paths = (layout.shard_stats_path(task), layout.tar_path(task))
         return all(store.exists(p) for p in (*paths, layout.shard_parquet_path(task)))
 
-    def worker(self) -> Callable[[str], TaskStats]:
-        """Open the table, make the connections' pool and load the resizer."""
-        return _ShardDownloader(self)
+    def sweep(self, tasks: Sequence[str]) -> None:
+        """Remove what earlier runs of other settings left of shards that are none of ``tasks``.
 
-
-class _ShardDownloader:
-    """``shard -> stats``. Threads fetch; this thread decodes, for it is one core's work."""
-
-    def __init__(self, stage: DownloadShards) -> None:
-        self.stage = stage
-        self.store = Store(stage.root)
-        self.pairs = stage.open_table()
-        self.fetcher = Fetcher(stage.fetch_policy(), stage.thread_count)
-        self.normalize = ImageNormalizer(stage.image_policy())
-
-    def __call__(self, task: str) -> TaskStats:
-        start_time = time.time()
-        size = self.stage.shard_size
-        first = int(task) * size
-        table = self.pairs.read(first, min(first + size, self.pairs.num_rows))
-        rows = table.to_pylist()
-        for index, row in enumerate(rows):
-            row["key"] = layout.sample_key(int(task), index, size)
-        images = self._download(rows)
-        reasons = Counter(row["error_message"].partition(":")[0] for row in rows if _failed(row))
-        samples = [
-            Sample(
-                key=row["key"],
-                image=images[row["key"]],
-                caption=row["caption"],
-                metadata={name: _json_value(value) for name, value in row.items()},
-            )
-            for row in rows
-            if not _failed(row)
-        ]
-        files = write_shard(
-            self.store, task, samples, _rows_table(table, rows), _stats(rows, start_time)
-        )
-        return TaskStats(
-            num_in=len(rows),
-            num_out=len(samples),
-            reasons=reasons,
-            files=files,
-            volatile_files=[layout.shard_stats_path(task)],
-        )
-
-    def _download(self, rows: list[dict[str, Any]]) -> dict[str, bytes]:
-        """Fill in every row's outcome; the stored pictures by key."""
-        images = {}
-        for index, outcome in self._fetch_all(rows):
-            result = self._decode(outcome)
-            rows[index].update(_result_fields(result))
-            if not isinstance(result, RowFailureError):
-                images[rows[index]["key"]] = result.image
-        return images
-
-    def _decode(self, outcome: bytes | RowFailureError) -> DecodedImage | RowFailureError:
-        if isinstance(outcome, RowFailureError):
-            return outcome
-        try:
-            return self.normalize(outcome)
-        except RowFailureError as failure:
-            return failure
-
-    def _fetch_all(
-        self, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[int, bytes | RowFailureError]]:
-        """(row, body or failure) as they come.
-
-        At most twice ``thread_count`` bodies are in memory: a slow decoder slows the downloads.
+        A worker that outlives a killed driver finishes its shard, and nobody writes a receipt.
         """
-        todo = iter(enumerate(rows))
-        pending: dict[Future[bytes | RowFailureError], int] = {}
-        with ThreadPoolExecutor(self.stage.thread_count, thread_name_prefix="fetch") as pool:
-            try:
-                while True:
-                    while len(pending) < 2 * self.stage.thread_count and (row := next(todo, None)):
-                        pending[pool.submit(self._fetch, row[1])] = row[0]
-                    if not pending:
-                        return
-                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield pending.pop(future), future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        store, kept = Store(self.root), set(tasks)
+        for folder in ("shards", layout.ledger_path("").rpartition("/")[0]):
+            for name in store.list(folder):
+                match = SHARD_FILE.fullmatch(name)
+                if match and match[1] not in kept:
+                    store.remove(f"{folder}/{name}")
 
-    def _fetch(self, row: dict[str, Any]) -> bytes | RowFailureError:
-        try:
-            if row["url"] is None:
-                raise FetchError("missing_url")
-            if row["caption"] is None:
-                raise FetchError("missing_caption")
-            return self.fetcher.fetch(row["url"])
-        except RowFailureError as failure:
-            return failure
+    def worker(self) -> Callable[[str], TaskStats]:
+        """Open the table; connections and decoders follow with the first shard."""
+        # Where nothing is downloaded, the libraries that decode are not loaded.
+        from declip_ingest.download import ShardDownloader
+
+        self.check_lists()
+        store_settings(self)
+        return ShardDownloader(self)
 
 
-def _failed(row: dict[str, Any]) -> bool:
-    return bool(row["status"] != "success")
+def store_settings(stage: DownloadShards) -> None:
+    """Keep all settings in the dataset, those too that its manifest leaves out."""
+    store, settings = Store(stage.root), settings_of(stage, hashed_only=False)
+    del settings["root"]  # the dataset may be moved
+    data = canonical_json(settings)
+    if not store.exists(SETTINGS_PATH) or store.read_bytes(SETTINGS_PATH) != data:
+        store.write_bytes(SETTINGS_PATH, data)
 
 
-def _result_fields(result: DecodedImage | RowFailureError) -> dict[str, Any]:
-    """img2dataset's result columns of a row."""
-    if isinstance(result, RowFailureError):
-        fields = dict.fromkeys(name for name, _ in RESULT_COLUMNS if name != "key")
-        return {**fields, "status": result.status, "error_message": result.message}
-    return {
-        "status": "success",
-        "error_message": None,
-        "width": result.width,
-        "height": result.height,
-        "original_width": result.original_width,
-        "original_height": result.original_height,
-        "sha256": result.sha256,
+def stored_ingest(root: str) -> DownloadShards:
+    """The ingest that made the dataset at ``root``, with all its settings.
+
+    Raises:
+        DeclipError: there is none.
+    """
+    store = Store(root)
+    try:
+        settings: dict[str, Any] = json.loads(store.read_bytes(SETTINGS_PATH))
+    except (FileNotFoundError, ValueError) as error:
+        raise DeclipError(
+            f"{root!r} holds no dataset that declip has begun to download ({SETTINGS_PATH} is "
+            "missing); name its folder with --out."
+        ) from error
+    known = {f.name for f in dataclasses.fields(DownloadShards)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in known
     }
-
-
-def _rows_table(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
-    """The table's own columns untouched, img2dataset's beside them."""
-    for name, kind in RESULT_COLUMNS:
-        table = table.append_column(name, pa.array([row[name] for row in rows], kind))
-    return table
-
-
-def _json_value(value: Any) -> Any:
-    """A table's value as JSON has it: dates in ISO form, NaN and infinity as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal | datetime.timedelta):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_json_value(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _json_value(v) for k, v in value.items()}
-    return value
-
-
-def _stats(rows: list[dict[str, Any]], start_time: float) -> dict[str, Any]:
-    """img2dataset's stats file; it holds times and is not hashed."""
-    statuses = Counter(row["status"] for row in rows)
-    end_time = time.time()
-    return {
-        "count": len(rows),
-        "successes": statuses["success"],
-        "failed_to_download": statuses["failed_to_download"],
-        "failed_to_resize": statuses["failed_to_resize"],
-        "duration": end_time - start_time,
-        "start_time": start_time,
-        "end_time": end_time,
-        "status_dict": dict(Counter(row["error_message"] or row["status"] for row in rows)),
-    }
+    return DownloadShards(**{**values, "root": root})

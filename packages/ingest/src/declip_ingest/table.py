@@ -1,14 +1,15 @@
 """Tables of URLs and captions: read, checked, and cut into shards.
 
-parquet is read piece by piece; csv, tsv, json and jsonl are held in memory, so lists of many
-millions of rows belong in parquet.
+Ingest reads ``source/pairs.parquet`` and small tables made by hand through this. parquet is read
+piece by piece; csv, tsv, json and jsonl are held in memory, so lists of millions of rows go through
+:mod:`declip_ingest.sources` first, which reads any of them in bounded memory.
 """
 
 import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from declip_ingest.parquet_files import check_footer
 from declip_shards import DeclipError, layout
 from declip_shards.errors import did_you_mean
 
@@ -165,10 +167,9 @@ def _select(
 ) -> list[str]:
     """Names of the carried columns, after all names were checked."""
     for option, column in (("url_column", url), ("caption_column", caption)):
-        if schema.names.count(column) != 1:
-            fault = "has no" if column not in schema.names else "has more than one"
+        if column not in schema.names:
             raise DeclipError(
-                f"table {location!r} {fault} column {column!r} (set by {option})."
+                f"table {location!r} has no column {column!r} (set by {option})."
                 f"{did_you_mean(column, schema.names)}"
             )
     if url == caption:
@@ -178,11 +179,11 @@ def _select(
     wanted = list(extra)
     if ALL_COLUMNS in extra:
         wanted = [c for c in schema.names if c not in (url, caption)]
+    check_repeats(f"table {location!r}", schema.names, (url, caption, *wanted))
     for column in wanted:
-        if schema.names.count(column) != 1:
-            fault = "has no" if column not in schema.names else "has more than one"
+        if column not in schema.names:
             raise DeclipError(
-                f"table {location!r} {fault} column {column!r} (set by extra_columns)."
+                f"table {location!r} has no column {column!r} (set by extra_columns)."
                 f"{did_you_mean(column, schema.names)}"
             )
         if column in RESERVED_COLUMNS:
@@ -196,6 +197,26 @@ def _select(
                 "a sample's JSON cannot; leave it out of extra_columns."
             )
     return wanted
+
+
+def check_repeats(place: str, names: Sequence[str], used: Iterable[str]) -> None:
+    """Refuse a file in which a column that is read bears the name of another.
+
+    Args:
+        place: what kind of file it is, and where, for the message.
+        names: of all columns of the file.
+        used: of the columns that are read; the others may bear any name.
+
+    Raises:
+        DeclipError: naming the first such column.
+    """
+    for column in used:
+        if (count := names.count(column)) > 1:
+            raise DeclipError(
+                f"{place} has {count} columns named {column!r}, and nothing says which is meant; "
+                "rename all but one of them, or leave that name out of extra_columns if it is a "
+                "further column."
+            )
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -231,6 +252,8 @@ class _ParquetSource:
         self.location = location
         self._fs, self._path = fsspec.core.url_to_fs(location)
         self._check_not_empty()
+        with self._fs.open(self._path, "rb") as f:
+            check_footer(f, location)
         with self._open() as file:
             self.schema = file.schema_arrow
             metadata = file.metadata
@@ -270,15 +293,19 @@ class _ParquetSource:
             for i in range(len(self._starts) - 1)
             if self._starts[i] < stop and self._starts[i + 1] > start
         ]
-        first = self._starts[groups[0]]
-        try:
-            with self._open() as file:
-                rows = file.read_row_groups(groups, columns=columns).select(columns)
-            rows = rows.slice(start - first, stop - start)
-            rows.validate(full=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _damaged(self.location, "parquet", error) from error
-        return rows
+        parts = []
+        with self._open() as file:
+            for group in groups:
+                first = self._starts[group]
+                try:
+                    rows = file.read_row_group(group, columns=columns).select(columns)
+                    rows = rows.slice(max(0, start - first), stop - max(start, first))
+                    rows.validate(full=True)
+                except (pa.ArrowInvalid, OSError) as error:
+                    what = f"parquet (row group {group})"
+                    raise _damaged(self.location, what, error) from error
+                parts.append(rows)
+        return pa.concat_tables(parts)
 
 
 class _TextSource:

@@ -2,7 +2,7 @@
 
 from declip_shards.errors import DeclipError
 from declip_shards.reader import MemberPlace, image_places, read_samples
-from declip_shards.stage import Stage, TaskStats
+from declip_shards.stage import Stage, TaskStats, open_worker
 from declip_shards.store import Store
 from declip_shards.writer import Sample, write_shard
 
@@ -16,6 +16,7 @@ __all__ = [
     "Store",
     "TaskStats",
     "image_places",
+    "open_worker",
     "read_samples",
     "write_shard",
 ]

@@ -36,6 +36,16 @@ def shard_stats_path(shard: str) -> str:
     return f"shards/{shard}_stats.json"
 
 
+def ledger_path(shard: str) -> str:
+    """What was attempted for every row, with times: never hashed."""
+    return f"ledger/ingest/{shard}.parquet"
+
+
+def quarantine_path(key: str) -> str:
+    """Bytes that killed a decoder, kept for whoever wants to know why."""
+    return f"quarantine/{key}.bin"
+
+
 def signals_path(name: str, shard: str) -> str:
     return f"signals/{name}/{shard}.parquet"
 

@@ -10,11 +10,16 @@ from declip_shards.errors import DeclipError
 from declip_shards.store import Store
 
 
-def write_table(store: Store, path: str, table: pa.Table) -> None:
-    """Write ``table`` atomically. Page checksums let a reader notice a flipped bit."""
+def pack_table(table: pa.Table) -> bytes:
+    """``table`` as parquet. Page checksums let a reader notice a flipped bit."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=False)
-    store.write_bytes(path, sink.getbuffer())
+    return sink.getvalue()
+
+
+def write_table(store: Store, path: str, table: pa.Table) -> None:
+    """Write ``table`` atomically."""
+    store.write_bytes(path, pack_table(table))
 
 
 def read_table(store: Store, path: str, columns: list[str] | None = None) -> pa.Table:

@@ -1,6 +1,7 @@
 """What a stage is: settings and five members, no base class (design.md section 4)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,3 +44,13 @@ class Stage(Protocol):
 
     def worker(self) -> Callable[[str], TaskStats]:
         """Load what is costly (models) once a process; return ``task -> stats``."""
+
+
+@contextlib.contextmanager
+def open_worker(stage: Stage) -> Iterator[Callable[[str], TaskStats]]:
+    """The stage's worker; at the end its ``close()``, if it has one: it may hold connections."""
+    work = stage.worker()
+    try:
+        yield work
+    finally:
+        getattr(work, "close", lambda: None)()

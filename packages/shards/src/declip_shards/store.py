@@ -5,7 +5,7 @@ import hashlib
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,6 +91,32 @@ class Store:
         infos: list[dict[str, Any]] = self.fs.ls(full, detail=True)
         names = (posixpath.basename(i["name"].rstrip("/")) for i in infos if i["type"] == "file")
         return sorted(n for n in names if n.endswith(suffix) and TEMPORARY_MARK not in n)
+
+    def list_folders(self, folder: str) -> Sequence[str]:
+        """Names of the folders directly in ``folder``, sorted; empty where there is no folder."""
+        full = self.path(folder)
+        self.fs.invalidate_cache(full)
+        if not self.fs.isdir(full):
+            return []
+        infos: list[dict[str, Any]] = self.fs.ls(full, detail=True)
+        names = (posixpath.basename(i["name"].rstrip("/")) for i in infos)
+        return sorted(n for n, i in zip(names, infos, strict=True) if i["type"] == "directory")
+
+    def move(self, source: str, target: str) -> None:
+        """Replace ``target`` by ``source``: by rename on a local disk, else by copy and removal."""
+        start, end = self.path(source), self.path(target)
+        if self.is_local:
+            Path(end).parent.mkdir(parents=True, exist_ok=True)
+            Path(start).replace(end)
+            sync_folder(Path(end).parent)
+        else:
+            self.fs.makedirs(posixpath.dirname(end), exist_ok=True)
+            self.fs.mv(start, end)
+
+    def remove_folder(self, relative: str) -> None:
+        """Remove a folder and all it holds; no error where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(relative), recursive=True)
 
     def remove(self, relative: str) -> None:
         """Remove a file; no error where there is none."""

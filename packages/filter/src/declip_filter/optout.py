@@ -1,0 +1,298 @@
+"""Take samples out of what the filter stages wrote: no sample is measured or embedded again.
+
+Each function gives the new bytes of the files that change and writes nothing, so that the caller
+can replace them together (:mod:`declip_shards.rewrite`); asked a second time it gives nothing.
+
+What a rebuild would give differs in two places. An index keeps the centroids and the ``nprobe`` of
+its build, so its recall is the one measured then; and a neighbor list becomes shorter instead of
+being filled up with the next nearest caption.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from declip_filter.embeddings import METADATA_SCHEMA, part_path, read_part, read_parts
+from declip_filter.index import ROWS_SCHEMA, index_path, info_path, rows_path
+from declip_shards import DeclipError, Store, layout, sidecars
+from declip_shards.manifest import canonical_json
+
+Changes = dict[str, bytes | None]
+"""Relative path -> new bytes; None removes the file."""
+
+BUILT_AS = "built as"
+"""Entry of an index's info.json: what it was when its recall was measured."""
+
+
+def drop_from_sidecars(store: Store, shard: str, keys: Collection[str]) -> Changes:
+    """New bytes of a shard's signals, selections, embeddings and neighbor tables.
+
+    In the neighbor tables the samples go as rows and out of the other rows' lists, whose scores
+    stay aligned: ``keys`` must therefore be those of the whole dataset, not of the shard alone.
+
+    Raises:
+        DeclipError: a table is damaged.
+    """
+    changes: Changes = {}
+    wanted = pa.array(sorted(keys), pa.string())
+    for folder, change in (
+        ("signals", _drop_rows),
+        ("selection", _drop_rows),
+        ("neighbors", _drop_neighbors),
+    ):
+        for name in store.list_folders(folder):
+            path = f"{folder}/{name}/{shard}.parquet"
+            if store.exists(path):
+                table = sidecars.read_table(store, path)
+                less = change(table, wanted)
+                if less is not None:
+                    changes[path] = sidecars.pack_table(less.combine_chunks())
+    for name in store.list_folders("embeddings"):
+        changes |= _drop_vectors(store, name, shard, wanted)
+    return changes
+
+
+def _drop_rows(table: pa.Table, keys: pa.Array) -> pa.Table | None:
+    """``table`` without the rows of ``keys``; None where it has none of them."""
+    gone = pc.is_in(table.column("key"), value_set=keys)
+    return table.filter(pc.invert(gone)) if pc.any(gone).as_py() else None
+
+
+def _drop_neighbors(table: pa.Table, keys: pa.Array) -> pa.Table | None:
+    """A neighbor table without the samples, as rows and in lists; None where it has none."""
+    less = _drop_rows(table, keys)
+    rest = table if less is None else less
+    lists = rest.column("neighbor_keys").combine_chunks()
+    named = pc.is_in(lists.flatten(), value_set=keys)
+    if not pc.any(named).as_py():
+        return less
+    gone = frozenset(keys.to_pylist())
+    kept = [[key not in gone for key in row] for row in lists.to_pylist()]
+    for column in ("neighbor_keys", "scores"):
+        number, field = rest.column_names.index(column), rest.schema.field(column)
+        shorter = [
+            [value for value, stays in zip(row, flags, strict=True) if stays]
+            for row, flags in zip(rest.column(column).to_pylist(), kept, strict=True)
+        ]
+        rest = rest.set_column(number, field, pa.array(shorter, field.type))
+    return rest
+
+
+def _drop_vectors(store: Store, name: str, shard: str, keys: pa.Array) -> Changes:
+    """A shard's part of embeddings ``name``; of an emptied one the record alone is left."""
+    if not store.exists(part_path(name, shard)):
+        return {}
+    part = read_part(store, name, shard)
+    path = layout.embedding_path(name, "metadata", part.partition)
+    if not part.num_rows:
+        return {}
+    metadata = sidecars.read_table(store, path, METADATA_SCHEMA.names)
+    stays = pc.invert(pc.is_in(metadata.column("key"), value_set=keys))
+    num_left = int(pc.sum(stays).as_py() or 0)
+    if num_left == part.num_rows:
+        return {}
+    changes: Changes = {}
+    for kind in part.kinds:
+        vectors = layout.embedding_path(name, kind, part.partition)
+        array = np.load(io.BytesIO(store.read_bytes(vectors)), allow_pickle=False)
+        if len(array) != len(metadata):
+            raise DeclipError(
+                f"{vectors!r} has {len(array)} rows, its metadata {len(metadata)}; rerun the stage "
+                "that embeds, then the opt-out again."
+            )
+        sink = io.BytesIO()
+        np.save(sink, array[stays.to_numpy()])
+        changes[vectors] = sink.getvalue() if num_left else None
+    rest = metadata.filter(stays).combine_chunks()
+    changes[path] = sidecars.pack_table(rest) if num_left else None
+    changes[part_path(name, shard)] = canonical_json(asdict(replace(part, num_rows=num_left)))
+    return changes
+
+
+def names_a_neighbor(store: Store, name: str, shard: str, keys: Collection[str]) -> set[str]:
+    """Keys of the rows of a neighbor table whose list names one of ``keys``."""
+    path = layout.neighbors_path(name, shard)
+    if not store.exists(path):
+        return set()
+    table = sidecars.read_table(store, path, ["key", "neighbor_keys"])
+    lists = table.column("neighbor_keys").combine_chunks()
+    hits = pc.is_in(lists.flatten(), value_set=pa.array(sorted(keys), pa.string()))
+    rows = pc.list_parent_indices(lists).filter(hits).unique()
+    return set(table.column("key").take(rows).to_pylist())
+
+
+def drop_from_index(
+    store: Store, name: str, keys: Collection[str], shards: Sequence[str]
+) -> Changes:
+    """New bytes of an index without these samples; its rows are numbered through again.
+
+    Call it when the embeddings have already lost them: the index names their digest. Its recall
+    stays as measured, and ``"built as"`` in info.json says of how many vectors and of which file
+    that was (the file that the neighbor tables name, too).
+
+    Raises:
+        DeclipError: a file is missing or damaged, or of another index.
+    """
+    import faiss
+
+    if not store.exists(info_path(name)):
+        return {}
+    info = json.loads(store.read_bytes(info_path(name)))
+    rows = sidecars.read_table(store, rows_path(name), ROWS_SCHEMA.names)
+    stays = pc.invert(pc.is_in(rows.column("key"), value_set=pa.array(sorted(keys), pa.string())))
+    kept: npt.NDArray[np.bool_] = np.asarray(stays.to_pylist(), dtype=np.bool_)
+    if kept.all():
+        return {}
+    index = faiss.deserialize_index(np.frombuffer(store.read_bytes(index_path(name)), np.uint8))
+    if index.ntotal != len(kept):
+        raise DeclipError(
+            f"index {name!r} has {index.ntotal} vectors and names {len(kept)} rows; delete its "
+            "folder and rerun the stage that indexes, then the opt-out again."
+        )
+    data = faiss.serialize_index(remove_rows(index, kept)).tobytes()
+    num_left = int(kept.sum())
+    rest = rows.filter(stays).combine_chunks()
+    rest = rest.set_column(0, ROWS_SCHEMA.field("row"), pa.array(np.arange(num_left), pa.int64()))
+    packed = sidecars.pack_table(rest)
+    built = info.get(BUILT_AS, {k: info[k] for k in ("nb vectors", "index_sha256")})
+    size = len(data)
+    info |= {
+        BUILT_AS: built,
+        "nb vectors": num_left,
+        "size in bytes": size,
+        "compression ratio": round(num_left * int(info["vectors dimension"]) * 4 / size, 6),
+        "index_sha256": _sha256(data),
+        "rows_sha256": _sha256(packed),
+        "embeddings_sha256": _vectors_digest(store, info["embeddings"], info["kind"], shards),
+    }
+    return {index_path(name): data, rows_path(name): packed, info_path(name): canonical_json(info)}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _vectors_digest(store: Store, name: str, kind: str, shards: Sequence[str]) -> str:
+    """What BuildIndex writes: sha256 over the digests of the vector files, in the rows' order."""
+    parts = [part for part in read_parts(store, name, shards) if part.num_rows]
+    paths = [layout.embedding_path(name, kind, part.partition) for part in parts]
+    return _sha256(canonical_json([store.sha256(path) for path in paths]))
+
+
+def remove_rows(index: Any, kept: npt.NDArray[np.bool_]) -> Any:
+    """A FAISS index of the rows that are ``kept`` (rows,), numbered from 0 in their order.
+
+    Inverted lists are written anew in their order, for FAISS's own removal would put the last
+    entry of a list into the hole and leave the old numbers: the bytes would then depend on how
+    many removals it took.
+    """
+    import faiss
+
+    if not hasattr(index, "invlists"):
+        index.remove_ids(np.flatnonzero(~kept))
+        return index
+    new_rows = (np.cumsum(kept) - 1).astype(np.int64)
+    old, size = index.invlists, int(index.code_size)
+    fresh: Any = faiss.ArrayInvertedLists(index.nlist, size)
+    for number in range(int(index.nlist)):
+        length = old.list_size(number)
+        if not length:
+            continue
+        rows = faiss.rev_swig_ptr(old.get_ids(number), length).copy()
+        codes = faiss.rev_swig_ptr(old.get_codes(number), length * size).reshape(length, size)
+        stays = kept[rows]
+        ids, left = new_rows[rows[stays]], np.ascontiguousarray(codes[stays])
+        if len(ids):
+            fresh.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(left))
+    index.replace_invlists(fresh, True)
+    fresh.this.disown()  # the index frees it now
+    index.ntotal = int(kept.sum())
+    return index
+
+
+# What the receipts say ---------------------------------------------------------------------------
+
+Figures = dict[str, Any]
+"""Fields of a receipt: ``num_in``, ``num_out``, ``reasons``, ``extra``."""
+
+
+def recount(
+    store: Store,
+    stage: str,
+    settings: Mapping[str, Any],
+    task: str,
+    extra: Mapping[str, Any],
+    changes: Mapping[str, bytes | None],
+) -> Figures | None:
+    """A task's figures from what its tables hold now.
+
+    Args:
+        store: the dataset.
+        stage: name of the stage's class.
+        settings: of the stage, as its manifest has them.
+        task: shard, or ``all``.
+        extra: the receipt's further figures. Those of a search or a measurement that is not done
+            again stay as they were.
+        changes: files that are about to be written and count as they will be.
+
+    Returns:
+        The figures; None for a stage that is not of this package.
+    """
+    if stage == "MeasureImages":
+        num = sidecars.num_rows(store, layout.signals_path(settings["name"], task))
+        return _figures(num, num, {}, extra)
+    if stage == "FilterPairs":
+        path = layout.selection_path(settings["name"], task)
+        reasons = Counter(sidecars.read_table(store, path, ["reason"]).column(0).to_pylist())
+        total = reasons.total()
+        return _figures(total, reasons.pop("", 0), reasons, extra)
+    if stage == "EmbedPairs":
+        statuses = sidecars.read_table(store, layout.shard_parquet_path(task), ["status"]).column(0)
+        num_in = statuses.to_pylist().count("success")
+        num_out = read_part(store, settings["name"], task).num_rows
+        dropped = num_in - num_out
+        return _figures(num_in, num_out, {"not_selected": dropped} if dropped else {}, extra)
+    if stage == "BuildIndex":
+        path = info_path(settings["name"])
+        info = json.loads(changes.get(path) or store.read_bytes(path))
+        num = int(info["nb vectors"])
+        measured = {"recall measured on": info[BUILT_AS]["nb vectors"]} if BUILT_AS in info else {}
+        return _figures(num, num, {}, {**extra, **measured})
+    if stage == "BuildNeighbors":
+        return _recount_neighbors(store, settings, task, extra)
+    return None
+
+
+def _figures(num_in: int, num_out: int, reasons: Mapping[str, int], extra: Any) -> Figures:
+    return {
+        "num_in": num_in,
+        "num_out": num_out,
+        "reasons": dict(sorted(reasons.items())),
+        "extra": dict(extra),
+    }
+
+
+def _recount_neighbors(
+    store: Store, settings: Mapping[str, Any], task: str, extra: Mapping[str, Any]
+) -> Figures:
+    table = sidecars.read_table(store, layout.neighbors_path(settings["name"], task), ["scores"])
+    lists = table.column("scores").combine_chunks()
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    scores = lists.flatten().to_numpy().astype(np.float64)
+    num = len(lengths)
+    counted = {
+        "fraction_with_neighbor": round(int((lengths > 0).sum()) / num, 6) if num else 0.0,
+        "mean_score": round(float(scores.mean()), 6) if scores.size else 0.0,
+        "num_short": int((lengths < settings["k"]).sum()),
+        "num_neighbors": int(scores.size),
+    }
+    return _figures(num, num, {}, {**extra, **counted})
