@@ -113,8 +113,11 @@ def _check_free(store: Store, number: int) -> None:
 def _interrupt_main_thread() -> None:
     """A real signal, as Ctrl-C sends: only that wakes a thread that waits in the kernel."""
     main = threading.main_thread().ident
-    if main is not None:
-        signal.pthread_kill(main, signal.SIGINT)
+    # Behind nohup or & Ctrl-C is ignored; pipelines.stopping takes the other for the same.
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    number = signal.SIGTERM if is_deaf else signal.SIGINT
+    if main is not None and callable(signal.getsignal(number)):
+        signal.pthread_kill(main, number)
 
 
 class Lease:

@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,10 @@ for folder in ("pipelines", "train"):
 # Benchmarks are scripts; what they compute is tested.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+
+# Whoever starts the tests behind an & has Ctrl-C ignored, here and in all that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG_MARKS = ("distributed", "ray", "slow")
 

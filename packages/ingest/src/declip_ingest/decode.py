@@ -221,8 +221,6 @@ class ImageNormalizer:
     def __init__(self, policy: ImagePolicy | None = None) -> None:
         self.policy = policy or ImagePolicy()
         cv2.setNumThreads(1)
-        # Intel's kernels differ by processor, and the same picture must give the same bytes.
-        cv2.ipp.setUseIPP(False)
         if self.policy.resizer == "img2dataset":
             self._make: Callable[[bytes, Boxes], tuple[bytes, int, int, int, int]]
             self._make = Img2datasetWay(self.policy)
@@ -240,12 +238,18 @@ class ImageNormalizer:
             DecodeError: see :func:`decode_rgb`; or ``bad_boxes``.
         """
         checked = check_boxes(boxes)
+        # Intel's kernels differ by processor, and the same picture must give the same bytes. The
+        # switch is a thread's own: left off, the threads of a process would no longer agree.
+        had_ipp = cv2.ipp.useIPP()
+        cv2.ipp.setUseIPP(False)
         try:
             image, width, height, original_width, original_height = self._make(data, checked)
         except (MemoryError, cv2.error) as error:
             if isinstance(error, MemoryError) or error.code == cv2.Error.STS_NO_MEM:
                 raise DecodeError("decoder_memory") from error
             raise DecodeError("corrupt_image") from error
+        finally:
+            cv2.ipp.setUseIPP(had_ipp)
         return DecodedImage(
             image=image,
             width=width,
