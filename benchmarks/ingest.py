@@ -15,9 +15,8 @@ img2dataset's worker is not started anew within a run, which it is after five.
 
 Quality is the PSNR of what each stored against the full-size original reduced in floating point.
 Ours is measured as it is, with all safety on; then with one part of it taken out at a time: what a
-setting switches off is said by its name, what has none is replaced (ingest_worker.PARTS), and what
-stands in the way of neither (address guard, byte and time limits) is left in and measured in
---parts by calling it alone.
+setting switches off is said by its name, what has none is replaced (ingest_worker.PARTS). The
+address guard and the limits on bytes and time have neither: they are within "fetch" of --parts.
 """
 
 import argparse

@@ -47,8 +47,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"opendeclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, purpose in OTHER_COMMANDS.items():
-        commands.add_parser(name, help=purpose, add_help=False)  # see main: it reads the rest
     run = commands.add_parser(
         "run",
         help="run a recipe's stages; what is done and unchanged is skipped",
@@ -61,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
+    for name, purpose in OTHER_COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)  # see main: it reads the rest
     for command in (run, status):
         command.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe")
         command.add_argument(

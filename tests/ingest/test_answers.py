@@ -26,6 +26,8 @@ from declip_shards import DeclipError
         (["nofollow"], False),
         (["otherbot: noindex, nofollow"], False),
         (["opendeclip: noindex"], True),
+        (["none"], True),
+        (["otherbot: none"], False),
         (["otherbot: nofollow, OpenDeCLIP: noai"], True),
         (["unavailable_after: 25 Jun 2010 15:00:00 PST, noimageai"], True),
         (["otherbot: noai", "noindex"], True),

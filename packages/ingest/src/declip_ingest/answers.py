@@ -43,9 +43,12 @@ def is_opted_out(values: Sequence[str], directives: Sequence[str]) -> bool:
     """Whether X-Robots-Tag headers forbid the use, for everyone or for our name.
 
     ``noai``, ``opendeclip: noindex`` and ``otherbot: noai, opendeclip: noai`` are understood; a
-    name holds until the header's end or the next name.
+    name holds until the header's end or the next name. ``none`` in a header means ``noindex`` and
+    ``nofollow``.
     """
     refused = {d.strip().lower() for d in directives}
+    if refused & {"noindex", "nofollow"}:
+        refused.add("none")
     for value in values:
         robot = None
         for part in value.lower().split(","):
