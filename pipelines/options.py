@@ -66,9 +66,14 @@ def field_docs(kind: type) -> Mapping[str, str]:
 
 
 def options_of(pipeline: Pipeline) -> list[Option]:
-    """Every setting of every step, save ``root``, which ``--out`` sets."""
+    """Every setting of every step, save ``root``, which ``--out`` sets.
+
+    A step that has another's settings has none of its own.
+    """
     options = []
     for step in pipeline.steps:
+        if step.settings_of:
+            continue
         kind = type(step.stage)
         docs, hints = field_docs(kind), typing.get_type_hints(kind)
         for field in dataclasses.fields(step.stage):  # type: ignore[arg-type]
@@ -196,6 +201,7 @@ def apply_overrides(
     for flag, text in overrides:
         option = known.get(flag.replace("_", "-"))
         if option is None:
+            _refuse_follower(pipeline, flag, known)
             near = did_you_mean(flag, [*known, *OWN_FLAGS]).split(" Known:")[0]
             raise DeclipError(
                 f"recipe {pipeline.recipe!r} has no option {flag}.{near} "
@@ -210,9 +216,24 @@ def apply_overrides(
     ]
     changed = dataclasses.replace(pipeline, steps=steps)
     changed = changed.derive(changed) if changed.derive else changed
+    changed = changed.with_followers()
     if refuse_unread:
         _refuse_unread(changed, changes)
     return changed
+
+
+def _refuse_follower(pipeline: Pipeline, flag: str, known: Mapping[str, Option]) -> None:
+    """Say where the settings of a step are set that has another's."""
+    name, _, field = flag.removeprefix("--").replace("_", "-").partition(".")
+    for step in pipeline.steps:
+        if step.settings_of and step.name == name:
+            owner = f"--{step.settings_of}.{field}"
+            told = f"give {owner}" if owner in known else f"there is no {owner} either"
+            raise DeclipError(
+                f"stage {name!r} of recipe {pipeline.recipe!r} has the settings of stage "
+                f"{step.settings_of!r}: {told} instead of {flag}. "
+                f"All of them: declip run {pipeline.recipe} --help."
+            )
 
 
 def _refuse_unread(pipeline: Pipeline, changes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -120,7 +120,7 @@ def finish(store: Store, plan: Plan) -> dict[str, Any]:
     for shard in plan.touched:
         changes = shards_optout.drop_from_shard(store, shard, own.get(shard, set()))
         changes |= filter_optout.drop_from_sidecars(store, shard, keys)
-        changes |= record_changes(steps, shard, changes)
+        changes |= record_changes(steps, changes)
         _replace(store, f"optout-{shard}", changes)
     _replace(store, "optout-dataset", _dataset_changes(store, plan))
     report = make_report(store, plan)

@@ -1,9 +1,11 @@
 """A pipeline: named steps, each a stage and the steps it reads."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from declip_shards import DeclipError, Stage
 from declip_shards.errors import did_you_mean
@@ -25,6 +27,8 @@ class Step:
     """Something that must run while the step does: the demo's HTTP server."""
     summary: str = ""
     """One line for the terminal: what the step is for."""
+    settings_of: str = ""
+    """Name of the step that has this one's settings: it prepares or finishes that one's work."""
 
     @property
     def code_version(self) -> str:
@@ -59,9 +63,28 @@ class Pipeline:
             if step.name in seen:
                 raise ValueError(f"two steps are called {step.name!r}")
             seen.add(step.name)
+        for step in self.steps:
+            if step.settings_of and step.settings_of not in seen:
+                raise ValueError(
+                    f"step {step.name!r} has the settings of {step.settings_of!r}, which is no step"
+                )
 
     def names(self) -> list[str]:
         return [step.name for step in self.steps]
+
+    def with_followers(self) -> "Pipeline":
+        """The same, each step of another's settings (``settings_of``) brought into line with it."""
+        stages: dict[str, Any] = {step.name: step.stage for step in self.steps}
+        steps = []
+        for step in self.steps:
+            if step.settings_of:
+                owner, follower = stages[step.settings_of], stages[step.name]
+                shared = {
+                    f.name: getattr(owner, f.name) for f in dataclasses.fields(owner) if f.init
+                }
+                step = dataclasses.replace(step, stage=dataclasses.replace(follower, **shared))
+            steps.append(step)
+        return dataclasses.replace(self, steps=steps)
 
     def step(self, name: str) -> Step:
         """The step of that name; the nearest name is offered for a misspelt one."""

@@ -79,7 +79,7 @@ def rechain(
         digest = _fingerprint(last, inputs)
         fresh = []
         for receipt in receipts.values():
-            if is_edited and (receipt.task in tasks or last.stage == "BuildIndex"):
+            if is_edited and (receipt.task in tasks or last.stage in WHOLE_STAGES):
                 receipt = _counted_again(store, last, receipt, changes)
             receipt = dataclasses.replace(receipt, fingerprint=digest)
             fresh.append(receipt)
@@ -92,7 +92,23 @@ def rechain(
 
 
 INGEST = "DownloadShards"
-EDITED = ("MeasureImages", "FilterPairs", "EmbedPairs", "BuildIndex", "BuildNeighbors")
+WHOLE_STAGES = (
+    "FindDuplicates",
+    "PlanFilter",
+    "TrainIndex",
+    "FillIndex",
+    "BuildIndex",
+    "BuildGraph",
+)
+"""Stages whose tasks are not shards: one of their files may hold samples of any."""
+EDITED = (
+    "MeasureImages",
+    "ScorePairs",
+    "FilterPairs",
+    "EmbedPairs",
+    "BuildNeighbors",
+    *WHOLE_STAGES,
+)
 """Stages whose files lose the samples without being run again."""
 
 
@@ -165,8 +181,8 @@ def whole_receipts(store: Store) -> dict[str, tuple[Manifest, dict[str, Receipt]
 def check_whole(store: Store, tasks: Collection[str]) -> None:
     """Refuse to build on damaged files: their damage would be published as sound.
 
-    Files of the tasks (shards) that will change are compared with their receipts, and all of the
-    embeddings and indexes, for an index names the digest of every vector.
+    Files of the tasks (shards) that will change are compared with their receipts, and all files of
+    the embeddings and of tasks that are no shards: an index names the digest of every vector.
 
     Raises:
         DeclipError: a file is not the one of its receipt.
@@ -174,7 +190,7 @@ def check_whole(store: Store, tasks: Collection[str]) -> None:
     steps = whole_receipts(store)
     is_indexed = any(last.stage == "BuildIndex" for last, _ in steps.values())
     for step, (last, receipts) in steps.items():
-        is_all = is_indexed and last.stage in ("BuildIndex", "EmbedPairs")
+        is_all = last.stage in WHOLE_STAGES or (is_indexed and last.stage == "EmbedPairs")
         for task, receipt in receipts.items():
             for record in receipt.files if is_all or task in tasks else ():
                 _check_file(store, step, record)
@@ -191,25 +207,25 @@ def _check_file(store: Store, step: str, record: FileRecord) -> None:
 
 
 def record_changes(
-    steps: Mapping[str, tuple[Manifest, Mapping[str, Receipt]]], task: str, changes: Changes
+    steps: Mapping[str, tuple[Manifest, dict[str, Receipt]]], changes: Changes
 ) -> dict[str, bytes | None]:
-    """New bytes of a task's receipts that list files of ``changes``, to be replaced with them.
+    """New bytes of the receipts that list files of ``changes``, to be replaced with them.
 
     Only the files are recorded; :func:`rechain` counts anew and signs. A kill between the two then
     leaves nothing to be hashed from the disk.
 
     Args:
-        steps: of :func:`whole_receipts`.
-        task: shard.
+        steps: of :func:`whole_receipts`; the new receipts take the old ones' place in it, for the
+            next shard may have files of the same task.
         changes: files that are about to be written.
     """
     result: dict[str, bytes | None] = {}
     for step, (_, receipts) in steps.items():
-        receipt = receipts.get(task)
-        if receipt is not None and any(record.path in changes for record in receipt.files):
-            fresh = dataclasses.replace(receipt, files=_records(receipt, changes))
-            content = canonical_json(dataclasses.asdict(fresh))
-            result[layout.receipt_path(step, task)] = content
+        for task, receipt in receipts.items():
+            if any(record.path in changes for record in receipt.files):
+                receipts[task] = dataclasses.replace(receipt, files=_records(receipt, changes))
+                content = canonical_json(dataclasses.asdict(receipts[task]))
+                result[layout.receipt_path(step, task)] = content
     return result
 
 

@@ -39,7 +39,7 @@ def why_stale(store: Store, step: Step, last: Manifest) -> str:
     """Why a finished step no longer counts; empty when it does."""
     inputs = input_digests(store, step)
     settings = manifest.settings_of(step.stage, hashed_only=True)
-    if change := _setting_changes(last.settings, settings, step.name):
+    if change := _setting_changes(last.settings, settings, step.settings_of or step.name):
         return change
     if last.stage != type(step.stage).__name__:
         return f"it was made by {last.stage}, the recipe now has {type(step.stage).__name__}"

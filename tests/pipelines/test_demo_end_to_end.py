@@ -44,6 +44,11 @@ NAMED_FAILURES = {
 GRACE_SECONDS = 15.0
 """Within which the processes of a killed run must be gone: training's own grace, and a margin."""
 
+LOCAL = ("--runner", "local")
+"""Without Ray, whose start is most of a small run's time: the bytes must be the same."""
+ON_RAY = ("ingest", "neighbors")
+"""Stages that are killed while Ray runs them; the others' tasks run in the killed process."""
+
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's helpers, idle, which look for their dead head for a minute if they were just starting."""
 RAY_AGENT_SECONDS = 90.0
@@ -190,13 +195,13 @@ def test_status_says_why_a_stage_would_rerun(clean):
 def test_a_changed_threshold_reruns_the_filter_and_what_follows(clean, tmp_path):
     out = clean.copy(tmp_path / "out")
     ended = tiny_demo.run_tiny(
-        clean.fakes, out, "--until", "index", port=clean.port, filter_min_words=2
+        clean.fakes, out, "--until", "index", *LOCAL, port=clean.port, filter_min_words=2
     )
     assert stages_run(ended) == ["filter", "embed", "index"]
     assert stages_skipped(ended) == ["prepare", "ingest", "measure"]
     assert json.loads(manifests(out)["filter"])["reasons"]["caption_too_short"] > 0
     # Back again: the same bytes as before the detour.
-    again = tiny_demo.run_tiny(clean.fakes, out, "--until", "neighbors", port=clean.port)
+    again = tiny_demo.run_tiny(clean.fakes, out, "--until", "neighbors", *LOCAL, port=clean.port)
     assert stages_run(again) == ["filter", "embed", "index"]
     assert manifests(out) == manifests(clean.out)
 
@@ -214,7 +219,7 @@ def test_a_changed_learning_rate_reruns_train_eval_and_report_alone(clean, tmp_p
 def test_a_changed_port_reaches_the_server_and_ingest(clean, tmp_path):
     out = clean.copy(tmp_path / "out")
     port = tiny_demo.free_port()
-    ended = tiny_demo.run_tiny(clean.fakes, out, "--until", "ingest", port=port)
+    ended = tiny_demo.run_tiny(clean.fakes, out, "--until", "ingest", *LOCAL, port=port)
     assert stages_run(ended) == ["prepare", "ingest"]
     rows, before = read_shards(out), read_shards(clean.out)
     assert {urlsplit(row["url"]).port for row in rows} == {port, port + 1, None}
@@ -248,7 +253,8 @@ def wait_for_steps(out, num_steps):
 def kill_during(clean, out, stage, rng, share, mark):
     """Kill a run while ``stage`` is at work; returns what was printed before."""
     printed = []
-    with tiny_demo.started(clean.fakes, out, port=clean.port, mark=mark) as process:
+    runner = () if stage in ON_RAY else LOCAL
+    with tiny_demo.started(clean.fakes, out, *runner, port=clean.port, mark=mark) as process:
         assert process.stdout is not None
         for line in process.stdout:
             printed.append(line)
@@ -287,7 +293,7 @@ def test_killed_in_every_stage_in_turn_it_ends_in_the_manifests_of_a_clean_run(c
         # What the run before left half done is whole, and as it should be.
         done = STAGES[: STAGES.index(stage)]
         assert manifests(out) == {name: expected[name] for name in done}, f"{stage}, seed {seed}"
-    ended = tiny_demo.run_tiny(clean.fakes, out, port=clean.port, mark=mark)
+    ended = tiny_demo.run_tiny(clean.fakes, out, *LOCAL, port=clean.port, mark=mark)
     assert stages_run(ended) == ["report"]
     assert manifests(out) == expected, f"seed {seed}"
     left = tiny_demo.wait_until_gone(mark, GRACE_SECONDS)

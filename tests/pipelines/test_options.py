@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from test_runner import toy
 
@@ -11,6 +13,7 @@ from pipelines.options import (
     split_overrides,
     take_overrides,
 )
+from pipelines.pipeline import Pipeline
 
 
 def test_every_option_has_a_help_line_and_its_value(tmp_path):
@@ -80,3 +83,24 @@ def test_settings_may_stand_anywhere_among_the_arguments():
 
 def test_none_empties_a_list():
     assert parse_value("none", tuple[str, ...], "--x") == ()
+
+
+def with_a_follower(tmp_path):
+    """The toy pipeline, before whose numbers comes a step with their settings."""
+    steps = list(toy(tmp_path).steps)
+    numbers = next(step for step in steps if step.name == "numbers")
+    first = dataclasses.replace(numbers, name="first", reads=(), settings_of="numbers")
+    return Pipeline(recipe="toy", root=str(tmp_path), steps=[first, *steps])
+
+
+def test_a_step_with_anothers_settings_follows_it_and_has_no_options_of_its_own(tmp_path):
+    pipeline = with_a_follower(tmp_path)
+    assert not [o for o in options_of(pipeline) if o.step == "first"]
+    changed = apply_overrides(pipeline, [("--numbers.count", "4")])
+    assert settings_of(changed.step("first").stage, hashed_only=True)["count"] == 4
+    with pytest.raises(
+        DeclipError, match=r"has the settings of stage 'numbers': give --numbers\.co"
+    ):
+        apply_overrides(pipeline, [("--first.count", "4")])
+    with pytest.raises(DeclipError, match=r"there is no --numbers\.cuont either"):
+        apply_overrides(pipeline, [("--first.cuont", "4")])

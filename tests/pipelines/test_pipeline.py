@@ -1,5 +1,7 @@
 """Which pipelines can be, and which steps a command line chooses."""
 
+import dataclasses
+
 import pytest
 import toy_stages
 from toy_stages import MakeNumbers, SumNumbers
@@ -45,6 +47,12 @@ def test_steps_keep_their_order():
 def test_a_step_reads_only_what_is_before_it_and_has_its_own_name(steps, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         Pipeline(recipe="toy", root="x", steps=steps)
+
+
+def test_settings_are_those_of_a_step_there_is():
+    stray = dataclasses.replace(step("a"), settings_of="b")
+    with pytest.raises(ValueError, match=r"^step 'a' has the settings of 'b', which is no step$"):
+        Pipeline(recipe="toy", root="x", steps=[stray])
 
 
 def test_both_ends_are_included():

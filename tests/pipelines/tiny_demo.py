@@ -115,10 +115,13 @@ def run_tiny(
 
 
 @contextlib.contextmanager
-def started(fakes: Path, out: Path, *, port: int, mark: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    fakes: Path, out: Path, *arguments: str, port: int, mark: str
+) -> Iterator[subprocess.Popen[str]]:
     """The tiny demo's process while it runs, its output piped; killed at the end, it alone."""
+    chosen = options(TINY | {"prepare.port": port})
     with subprocess.Popen(
-        command(fakes, "run", "demo", "--out", str(out), *options(TINY | {"prepare.port": port})),
+        command(fakes, "run", "demo", "--out", str(out), *arguments, *chosen),
         env=environment(mark),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
