@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from declip_filter.repack_manifests import is_repacked
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from pipelines import __version__, recipes
@@ -20,6 +21,7 @@ from pipelines.options import (
     take_overrides,
 )
 from pipelines.pipeline import Pipeline
+from pipelines.repack_recipe import on_repacked
 from pipelines.runner import RUNNERS, check_location, read_run_record, run_pipeline
 from pipelines.states import pipeline_states
 from pipelines.wiring import allow_missing_table
@@ -30,6 +32,10 @@ OTHER_COMMANDS = {
     "refetch": "fetch rows that failed again, by reason, into the same dataset",
     "doctor": "say why so many rows failed, and what to do",
     "optout": "remove samples from a dataset and all that was made of it, and prove it",
+    "look": "draw pages: what a filter drops, duplicates, neighbors",
+    "search": "search an index for a text or a picture",
+    "index": "look at an index, append new shards to it, remove samples",
+    "refresh": "make a neighbor table anew with another encoder, also during training",
     "convert": "write a dataset in another form: files, parquet, energon",
 }
 """Commands with a module of their own, ``pipelines.NAME_command``, and what they are for."""
@@ -126,11 +132,11 @@ def _check_command(arguments: Sequence[str]) -> None:
 def _print_status(pipeline: Pipeline) -> None:
     store = Store(pipeline.root)
     print(f"{pipeline.recipe} in {pipeline.root}\n")
-    print(f"{'stage':<12}{'state':<9}{'in':>9}{'out':>9}{'seconds':>9}  why it would rerun")
+    print(f"{'stage':<13}{'state':<9}{'in':>9}{'out':>9}{'seconds':>9}  why it would rerun")
     for state in pipeline_states(pipeline):
         counts = (f"{state.last.num_in:,}", f"{state.last.num_out:,}") if state.last else ("-", "-")
         seconds = read_run_record(store, state.step).get("seconds", "-") if state.last else "-"
-        row = f"{state.step:<12}{state.state:<9}{counts[0]:>9}{counts[1]:>9}{seconds!s:>9}"
+        row = f"{state.step:<13}{state.state:<9}{counts[0]:>9}{counts[1]:>9}{seconds!s:>9}"
         print(f"{row}  {state.why}".rstrip())
 
 
@@ -163,6 +169,8 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     root = os.path.join("runs", arguments.recipe) if arguments.out is None else arguments.out
     check_location(root)
     pipeline = recipes.build(arguments.recipe, root)
+    if is_repacked(Store(root)):
+        pipeline = on_repacked(pipeline)
     is_dry = arguments.command == "run" and arguments.dry_run
     if is_dry:
         pipeline = allow_missing_table(pipeline)

@@ -17,6 +17,7 @@ from declip_shards import DeclipError, Store
 from declip_shards.manifest import read_manifest
 from declip_train import flops
 from declip_train.settings import TrainSettings
+from pipelines.options import flag_of
 from pipelines.pipeline import Pipeline, Step
 from pipelines.published import LISTS, PUBLISHED
 from pipelines.states import StepState, pipeline_states
@@ -44,7 +45,7 @@ def dry_run_text(
     parts = [
         f"{pipeline.recipe} in {pipeline.root}: a dry run; nothing is started or written.",
         steps_text(pipeline, {step.name for step in chosen}, states),
-        *(settings_text(step) for step in pipeline.steps),
+        *(settings_text(step) for step in pipeline.steps if not step.settings_of),
     ]
     for step in pipeline.steps:
         if isinstance(step.stage, TrainSettings):
@@ -69,7 +70,7 @@ def _missing_list(stage: Any) -> str:
 
 def steps_text(pipeline: Pipeline, chosen: set[str], states: dict[str, StepState]) -> str:
     """A line a step: what would happen to it, and why."""
-    lines = [f"{'stage':<12}{'now':<9}{'then':<8}  why"]
+    lines = [f"{'stage':<13}{'now':<9}{'then':<8}  why"]
     for step in pipeline.steps:
         state = states[step.name]
         if step.name not in chosen:
@@ -78,7 +79,7 @@ def steps_text(pipeline: Pipeline, chosen: set[str], states: dict[str, StepState
             then, why = "kept", "done, and nothing has changed"
         else:
             then, why = "runs", state.why
-        lines.append(f"{step.name:<12}{state.state:<9}{then:<8}  {why}".rstrip())
+        lines.append(f"{step.name:<13}{state.state:<9}{then:<8}  {why}".rstrip())
         if missing := _missing_list(step.stage):
             lines.append(f"  {missing}")
     return "\n".join(lines)
@@ -105,7 +106,7 @@ def settings_text(step: Step) -> str:
             continue
         value, default = getattr(stage, field.name), _default(field)
         mark, note = ("*", f"  (default: {_shown(default)})") if value != default else (" ", "")
-        flag = f"--{step.name}.{field.name.replace('_', '-')}"
+        flag = flag_of(step.name, field.name)
         lines.append(f"{mark} {flag:<40} {_shown(value)}{note}")
     return f"{step.name}: {step.summary} (* differs from the default)\n" + "\n".join(lines)
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from declip_filter.encoders import Features, one_thread, weights_digest
+from declip_filter.encoders import Features, TokenIds, Tokens, one_thread, weights_digest
 from declip_shards import DeclipError, Store
-from declip_train.augment import eval_images
+from declip_train.augment import IMAGE_MEAN, IMAGE_STD, eval_images, eval_view
 from declip_train.export import LoadedExport, load_export
 from declip_train.heads import TokenHeads
 from declip_train.methods import METHODS
-from declip_train.tokenizer import Tokenizer
+from declip_train.tokenizer import PAD_ID, CaptionTokenizer, Tokenizer
 
 TOKENS = "tokens."
 """What names of the token projections' parameters begin with in an export."""
@@ -87,14 +87,68 @@ class CheckpointEncoder:
         Raises:
             DeclipError: the model has no trained global embeddings.
         """
+        return self.encode_tokens(self.tokenize(texts).ids)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether :meth:`encode_tokens` works."""
+        return self.has_global_features
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of each text without padding, and whether it was longer than the model reads.
+
+        Where a tokenizer does not tell a text's own length, one that fills all places counts as
+        longer.
+        """
+        rows = self._tokenizer(list(texts), trim=True)
+        lengths = self._tokenizer.lengths(rows).tolist()
+        limit = self._tokenizer.context_length
+        is_cut = [length >= limit for length in lengths]
+        if isinstance(self._tokenizer, CaptionTokenizer):
+            for number in np.flatnonzero(is_cut).tolist():
+                is_cut[number] = len(self._tokenizer.encode(texts[number])) + 2 > limit
+        ids: list[TokenIds] = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return Tokens(ids=ids, is_cut=is_cut)
+
+    def encode_tokens(self, ids: Sequence[TokenIds]) -> Features:
+        """float32 (len(ids), dim), unit length: of texts as :meth:`tokenize` gives them.
+
+        Raises:
+            DeclipError: the model has no trained global embeddings.
+        """
         self._refuse_untrained()
+        padding = getattr(self._tokenizer, "pad_id", PAD_ID)
+        rows = np.full((len(ids), max(map(len, ids), default=2)), padding, dtype=np.int64)
+        for row, numbers in zip(rows, ids, strict=True):
+            row[: len(numbers)] = numbers
         with one_thread(), torch.inference_mode():
-            ids = torch.from_numpy(self._tokenizer(list(texts), trim=True)).to(self.device)
-            return self._array(self.model.encode_text(ids, normalize=True))
+            tokens = torch.from_numpy(rows).to(self.device)
+            return self._array(self.model.encode_text(tokens, normalize=True))
 
     def encode_image(self, images: Sequence[bytes]) -> Features:
         """float32 (len(images), dim), unit length, from encoded pictures."""
         return self.encode_image_both(images)[0]
+
+    def prepare_image(self, image: bytes) -> npt.NDArray[np.uint8]:
+        """The picture as evaluation sees it: (size, size, 3) uint8.
+
+        Raises:
+            DeclipError: the bytes are no image.
+        """
+        return eval_view(image, self.image_size)
+
+    def encode_prepared(self, prepared: npt.NDArray[np.uint8]) -> Features:
+        """float32 (len(prepared), dim), unit length, of (n, size, size, 3) uint8.
+
+        Pixels are normalized on the device: a quarter of the bytes travels there.
+
+        Raises:
+            DeclipError: the model has no trained global embeddings.
+        """
+        self._refuse_untrained()
+        with one_thread(), torch.inference_mode():
+            pixels = _normalized(torch.from_numpy(prepared).to(self.device))
+            return self._array(self.model.encode_image(pixels, normalize=True))
 
     def encode_image_both(self, images: Sequence[bytes]) -> tuple[Features, Features]:
         """Unit-length features (n, dim), and what the towers hold before the projection (n, width).
@@ -200,6 +254,13 @@ class CheckpointEncoder:
     @staticmethod
     def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
         return np.asarray(tensor.float().cpu().numpy(), dtype=np.float32)
+
+
+def _normalized(pixels: Tensor) -> Tensor:
+    """(n, size, size, 3) uint8 -> float32 (n, 3, size, size), as `eval_images` gives them."""
+    planes = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = (torch.tensor(v, device=pixels.device) for v in (IMAGE_MEAN, IMAGE_STD))
+    return planes.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def _token_heads(loaded: LoadedExport, folder: Path) -> TokenHeads | None:

@@ -65,6 +65,11 @@ def field_docs(kind: type) -> Mapping[str, str]:
     return docs
 
 
+def flag_of(step: str, field: str) -> str:
+    """``--filter.min-words``"""
+    return f"--{step}.{field}".replace("_", "-")
+
+
 def options_of(pipeline: Pipeline) -> list[Option]:
     """Every setting of every step, save ``root``, which ``--out`` sets.
 
@@ -81,7 +86,7 @@ def options_of(pipeline: Pipeline) -> list[Option]:
                 continue
             options.append(
                 Option(
-                    flag=f"--{step.name}.{field.name.replace('_', '-')}",
+                    flag=flag_of(step.name, field.name),
                     step=step.name,
                     field=field.name,
                     kind=hints[field.name],
@@ -123,7 +128,10 @@ def parse_value(text: str, kind: Any, flag: str) -> Any:
     if origin is tuple:
         if text.lower() == "none":
             return ()
-        return tuple(parse_value(t, arguments[0], flag) for t in text.split(",") if t)
+        # Within quotes an empty piece is part of a rule such as matches(caption, ',,').
+        has_quotes = "'" in text or '"' in text
+        pieces = [piece for piece in text.split(",") if piece or has_quotes]
+        return tuple(parse_value(piece, arguments[0], flag) for piece in pieces)
     if kind is bool:
         if text.lower() in TRUE + FALSE:
             return text.lower() in TRUE
@@ -226,8 +234,8 @@ def _refuse_follower(pipeline: Pipeline, flag: str, known: Mapping[str, Option])
     """Say where the settings of a step are set that has another's."""
     name, _, field = flag.removeprefix("--").replace("_", "-").partition(".")
     for step in pipeline.steps:
-        if step.settings_of and step.name == name:
-            owner = f"--{step.settings_of}.{field}"
+        if step.settings_of and step.name.replace("_", "-") == name:
+            owner = flag_of(step.settings_of, field)
             told = f"give {owner}" if owner in known else f"there is no {owner} either"
             raise DeclipError(
                 f"stage {name!r} of recipe {pipeline.recipe!r} has the settings of stage "
@@ -244,6 +252,6 @@ def _refuse_unread(pipeline: Pipeline, changes: Mapping[str, Mapping[str, Any]])
         for field in changes.get(step.name, {}):
             if field in unread:
                 raise DeclipError(
-                    f"--{step.name}.{field.replace('_', '-')} would change nothing: it is read by "
+                    f"{flag_of(step.name, field)} would change nothing: it is read by "
                     f"{unread[field]} alone; leave it out, or choose that."
                 )

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from declip_filter import optout as filter_optout
-from declip_shards import Store, energon, layout, rewrite
+from declip_filter.neighbor_graph import drop_from_graph
+from declip_filter.repack_manifests import is_repacked
+from declip_shards import Store, energon, layout, rewrite, sidecars
 from declip_shards import optout as shards_optout
 from declip_shards.manifest import Manifest, canonical_json
 from declip_shards.optout import LIST, PENDING, OptOut, load_optout, make_optout
@@ -30,6 +32,9 @@ from pipelines.optout_plan import (
 from pipelines.optout_proof import Proof, make_search, search_dataset
 from pipelines.rechain import check_whole, rechain, record_changes, whole_receipts
 
+REPACKED = "repacked"
+"""Folder of the datasets that were repacked from this one."""
+SIZES = "shards/sizes.json"
 SHOWING = ("eval", "report")
 """Folders of results: a file that shows a removed sample goes, and its step runs again."""
 
@@ -46,6 +51,8 @@ class Outcome:
     """Whether a file of the dataset was changed."""
     was_cut_short: bool = False
     """Whether an earlier opt-out that was killed was brought to its end first."""
+    repacked: tuple[str, ...] = ()
+    """Proofs of the datasets that were repacked from this one, which lie inside it."""
 
 
 def report_path(given: OptOut) -> str:
@@ -69,7 +76,38 @@ def opt_out(store: Store, entries: Sequence[Entry]) -> Outcome:
         DeclipError: another run holds the folder, there is no shard, or a file that would change
             is damaged; nothing has been changed then.
     """
-    given = make_optout(entries)
+    # Copies go first: the proof searches them, too.
+    copies, num_changed = _opt_out_of_copies(store, entries)
+    outcome = _opt_out_here(store, make_optout(entries))
+    return dataclasses.replace(
+        outcome, is_changed=outcome.is_changed or bool(num_changed), repacked=copies
+    )
+
+
+def _opt_out_of_copies(store: Store, entries: Sequence[Entry]) -> tuple[tuple[str, ...], int]:
+    """Remove the samples from what was repacked out of this dataset; one that was not finished
+    goes as a whole, for it is made again from what remains.
+
+    Returns:
+        Paths of the proofs, and how many datasets were changed.
+    """
+    proofs, num_changed = [], 0
+    for name in store.list_folders(REPACKED):
+        folder = f"{REPACKED}/{name}"
+        copy = Store(f"{store.url.rstrip('/')}/{folder}")
+        if not is_repacked(copy):
+            with workspace_lock(store):
+                store.remove_folder(folder)
+            num_changed += 1
+            continue
+        outcome = opt_out(copy, entries)
+        proofs.append(f"{folder}/{outcome.path}")
+        num_changed += outcome.is_changed
+    return tuple(proofs), num_changed
+
+
+def _opt_out_here(store: Store, given: OptOut) -> Outcome:
+    """:func:`opt_out` of the dataset itself."""
     path = report_path(given)
     with workspace_lock(store):
         rewrite.recover(store)
@@ -143,10 +181,13 @@ def _dataset_changes(store: Store, plan: Plan) -> dict[str, bytes | None]:
     shards = layout.list_shards(store)
     for name in store.list_folders("index"):
         changes |= filter_optout.drop_from_index(store, name, plan.keys, shards)
+    for name in store.list_folders("neighbors"):
+        changes |= drop_from_graph(store, name, plan.keys)
     search = make_search(plan.removed, plan.shared)
     shown = search_dataset(store, search, (), SHOWING)
     changes |= dict.fromkeys(hit.path for hit in shown.hits)
     changes |= energon.refreshed(store, plan.touched, plan.keys)
+    changes |= _sizes(store, plan)
     changes |= rechain(
         store,
         tasks=_edited_tasks(store, plan),
@@ -154,6 +195,17 @@ def _dataset_changes(store: Store, plan: Plan) -> dict[str, bytes | None]:
         still_holds=lambda last: _still_holds(plan, last),
     )
     return changes
+
+
+def _sizes(store: Store, plan: Plan) -> dict[str, bytes | None]:
+    """The new ``sizes.json`` of a repacked dataset: how many samples each tar has."""
+    if not store.exists(SIZES):
+        return {}
+    sizes = json.loads(store.read_bytes(SIZES))
+    for shard in {sample.shard for sample in plan.removed}:
+        statuses = sidecars.read_table(store, layout.shard_parquet_path(shard), ["status"])
+        sizes[f"{shard}.tar"] = statuses.column(0).to_pylist().count("success")
+    return {SIZES: canonical_json(sizes)}
 
 
 def _edited_tasks(store: Store, plan: Plan) -> set[str]:

@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     outcome = opt_out(store, entries)
     print("\n".join(outcome_lines(outcome, entries)))
+    for proof in outcome.repacked:
+        print(f"Also removed from what was repacked: {proof}")
     if arguments.report:
         atomic_write(Path(arguments.report), canonical_json(outcome.report))
     return 0

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 from declip_filter import optout as filter_optout
 from declip_filter.embeddings import part_path, read_part
-from declip_filter.index import rows_path
+from declip_filter.index_files import rows_path
 from declip_shards import DeclipError, Store, layout, read_samples, sidecars
 from declip_shards.manifest import canonical_json
 from declip_shards.needles import NeedleSearch
+from declip_shards.neighbor_tables import MARK
 from declip_shards.optout import (
     KINDS,
     PENDING,
@@ -153,7 +154,7 @@ def make_plan(store: Store, given: OptOut) -> Plan:
     for shard in shards if removed else ():
         stays.look_at(store, shard, keys)
     touched = {sample.shard for sample in removed}
-    touched |= {s for s in shards if keys and _is_neighbor_anywhere(store, s, keys)}
+    touched |= {s for s in shards if keys and _is_named_anywhere(store, s, keys)}
     return Plan(
         given=given,
         added=added,
@@ -299,10 +300,14 @@ class _Remaining:
         self.shared |= self._digests & set(rest.column("sha256").to_pylist())
 
 
-def _is_neighbor_anywhere(store: Store, shard: str, keys: Collection[str]) -> bool:
+def _is_named_anywhere(store: Store, shard: str, keys: Collection[str]) -> bool:
+    """Whether a row of the shard has one of the samples for a neighbor, or is its duplicate."""
     return any(
         filter_optout.names_a_neighbor(store, name, shard, keys)
         for name in store.list_folders("neighbors")
+    ) or any(
+        filter_optout.names_a_duplicate(store, name, shard, keys)
+        for name in store.list_folders("signals")
     )
 
 
@@ -374,15 +379,17 @@ def _trained_keys(
 
 
 def _neighbors_of(store: Store, name: str, removed: Sequence[Removed]) -> set[str]:
-    """Which of the samples are in some other row's neighbor list."""
+    """Which of the samples are in some other row's list, of the table or of a refreshed one."""
     wanted = pa.array(sorted(sample.key for sample in removed), pa.string())
     found: set[str] = set()
-    for shard in layout.list_shards(store):
-        path = layout.neighbors_path(name, shard)
-        if store.exists(path):
-            table = sidecars.read_table(store, path, ["neighbor_keys"])
-            flat = table.column(0).combine_chunks().flatten()
-            found |= set(flat.filter(pc.is_in(flat, value_set=wanted)).to_pylist())
+    folders = [f for f in store.list_folders("neighbors") if f.partition(MARK)[0] == name]
+    for folder in folders:
+        for shard in layout.list_shards(store):
+            path = layout.neighbors_path(folder, shard)
+            if store.exists(path):
+                table = sidecars.read_table(store, path, ["neighbor_keys"])
+                flat = table.column(0).combine_chunks().flatten()
+                found |= set(flat.filter(pc.is_in(flat, value_set=wanted)).to_pylist())
     return found
 
 

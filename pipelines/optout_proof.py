@@ -154,8 +154,8 @@ def search_dataset(
             if what == "key" and where in ("column key", "bytes") and _keeps_keys(path):
                 # As bytes they are in the column's statistics, too.
                 proof.num_kept_keys += count * (where == "column key")
-            elif path == LIST:
-                continue  # digests are all it has
+            elif path == LIST or _is_of_copys_optout(path):
+                continue  # digests are all a list has, and a proof the keys of what is gone
             elif count:
                 why = explain(path)
                 proof.hits.append(Hit(path=path, where=where, what=what, count=count, why=why))
@@ -163,7 +163,17 @@ def search_dataset(
 
 
 def _keeps_keys(path: str) -> bool:
-    return path.startswith(ROW_PLACES) and path.endswith(".parquet")
+    return _within_copy(path).startswith(ROW_PLACES) and path.endswith(".parquet")
+
+
+def _is_of_copys_optout(path: str) -> bool:
+    return path != _within_copy(path) and _within_copy(path).startswith("optout/")
+
+
+def _within_copy(path: str) -> str:
+    """A file's path in its own dataset: the one repacked from this lies inside of it."""
+    folder, _, rest = path.partition("/")
+    return rest.partition("/")[2] if folder == "repacked" else path
 
 
 def list_files(store: Store) -> list[str]:
@@ -187,7 +197,7 @@ def explain(path: str) -> str:
         "report": "run report again",
         "optout": "the proof of an earlier opt-out",
     }
-    folder = path.partition("/")[0]
+    folder = _within_copy(path).partition("/")[0]
     return reasons.get(folder, "no stage of ours keeps it there; remove it by hand")
 
 

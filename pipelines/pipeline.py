@@ -21,6 +21,8 @@ class Step:
     """The stage; its fields are its settings."""
     reads: Sequence[str] = ()
     """Steps whose manifests enter this one's fingerprint."""
+    watches: Sequence[str] = ()
+    """Folders of the user's own whose content enters this one's fingerprint."""
     on_ray: bool = False
     """Whether its tasks may run on a cluster (they touch nothing but the dataset)."""
     service: Callable[[], AbstractContextManager[object]] | None = None
@@ -87,9 +89,9 @@ class Pipeline:
         return dataclasses.replace(self, steps=steps)
 
     def step(self, name: str) -> Step:
-        """The step of that name; the nearest name is offered for a misspelt one."""
+        """The step of that name, dashes for underscores; the nearest is offered for another."""
         for step in self.steps:
-            if step.name == name:
+            if step.name == name.replace("-", "_"):
                 return step
         raise DeclipError(
             f"recipe {self.recipe!r} has no stage {name!r}.{did_you_mean(name, self.names())}"

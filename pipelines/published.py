@@ -348,6 +348,7 @@ KEEP_ALL: Mapping[str, Any] = MappingProxyType(
         "min_contrast": None,
         "min_entropy": None,
         "keep_splits": (),
+        "drop_duplicates": (),
     }
 )
 """A published list is taken as it is, but for empty captions: nobody's filter is put on top."""

@@ -93,6 +93,7 @@ def rechain(
 
 INGEST = "DownloadShards"
 WHOLE_STAGES = (
+    "ClusterImages",
     "FindDuplicates",
     "PlanFilter",
     "TrainIndex",

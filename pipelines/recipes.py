@@ -14,6 +14,7 @@ from pipelines.demo_server import DemoServer
 from pipelines.evaluate import EvaluateModel
 from pipelines.pipeline import Pipeline, Step
 from pipelines.prepare import FOLDER, PrepareDemo
+from pipelines.repack_recipe import repack
 from pipelines.report import WriteReport
 from pipelines.training_recipes import TRAINING_RECIPES
 from pipelines.wiring import carry_names, derive_pairs, list_steps, pin_table, read_steps
@@ -145,6 +146,7 @@ register_encoder("checkpoint", _lazy_checkpoint_encoder)
 RECIPES: dict[str, Callable[[str], Pipeline]] = {
     "demo": demo,
     "pairs": pairs,
+    "repack": repack,
     **TRAINING_RECIPES,
 }
 """Every recipe by its name."""

@@ -12,8 +12,9 @@ from declip_eval.charts import Series, bar_chart, line_chart
 from declip_eval.heat_map import heat_map
 from declip_eval.results import TASKS, EvalResult, read_result, results_rows
 from declip_filter import read_neighbors, selected_keys
-from declip_shards import DeclipError, Store, TaskStats, layout, manifest, read_samples, sidecars
+from declip_shards import DeclipError, Store, TaskStats, layout, manifest, sidecars
 from pipelines.runner import read_run_record
+from pipelines.sheets import pictures_of_keys
 
 PATH = "report/report.html"
 NEIGHBORS_SHOWN = 3
@@ -82,7 +83,6 @@ class Facts:
 def write_report(stage: WriteReport) -> TaskStats:
     """Write ``report/report.html``. It holds times, so the manifest names it without a hash."""
     facts = gather(Store(stage.root), stage.selection)
-    wanted: dict[str, bytes] = {}
     plans = [
         kept_and_dropped(stage, facts),
         neighbors(stage, facts),
@@ -90,11 +90,7 @@ def write_report(stage: WriteReport) -> TaskStats:
         retrieval(stage, facts),
     ]
     keys = {key for plan in plans for key in plan.keys}
-    for shard in layout.list_shards(facts.store):
-        if any(key.startswith(shard) for key in keys):
-            for sample in read_samples(facts.store, shard):
-                if sample.key in keys:
-                    wanted[sample.key] = sample.image
+    wanted = {key: found[0] for key, found in pictures_of_keys(facts.store, keys).items()}
     drawn = [plan.draw(wanted) for plan in plans]
     sections = [
         results_section(facts),

@@ -49,6 +49,8 @@ class StepReport:
     """What a step of one task measured, such as an index's recall."""
     reasons: Mapping[str, int] = field(default_factory=dict)
     """Why samples did not come through -> how many."""
+    num_tasks: int = 1
+    """0 where settings or data ask nothing of the step."""
 
 
 def tasks_here(
@@ -93,6 +95,20 @@ def remove_outputs(store: Store, step: str) -> None:
         store.remove(layout.receipt_path(step, task))
 
 
+def forget_outputs(store: Store, step: str) -> None:
+    """Leave what earlier runs of this step made where it is, as nobody's."""
+    store.remove(layout.manifest_path(step))
+    for task in manifest.read_receipts(store, step):
+        store.remove(layout.receipt_path(step, task))
+
+
+def is_renamed(store: Store, step: Step) -> bool:
+    """Whether the last finished run of a step wrote under another name than it will now."""
+    last = manifest.read_manifest(store, step.name)
+    name = getattr(step.stage, "name", None)
+    return last is not None and name is not None and last.settings.get("name", name) != name
+
+
 def pending_tasks(store: Store, step: Step, digest: str) -> tuple[list[str], dict[str, Receipt]]:
     """Tasks still to do, and the receipts of those that stand.
 
@@ -103,7 +119,11 @@ def pending_tasks(store: Store, step: Step, digest: str) -> tuple[list[str], dic
     tasks = step.stage.tasks()
     receipts = manifest.read_receipts(store, step.name)
     if any(receipt.fingerprint != digest for receipt in receipts.values()):
-        remove_outputs(store, step.name)
+        if is_renamed(store, step):
+            # Another name is another thing beside the first, which its user keeps.
+            forget_outputs(store, step.name)
+        else:
+            remove_outputs(store, step.name)
         receipts = {}
     kept, pending = {}, []
     for task in tasks:
@@ -138,7 +158,12 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str, hold: Hold) -> Step
     why = why_stale(store, step, last) if last is not None else ""
     if last is not None and not why:
         return StepReport(
-            step=step.name, skipped=True, num_in=last.num_in, num_out=last.num_out, seconds=0.0
+            step=step.name,
+            skipped=True,
+            num_in=last.num_in,
+            num_out=last.num_out,
+            seconds=0.0,
+            num_tasks=last.num_tasks,
         )
     start = time.monotonic()
     inputs = input_digests(store, step)
@@ -179,6 +204,7 @@ def run_step(pipeline: Pipeline, step: Step, *, runner: str, hold: Hold) -> Step
         seconds=seconds,
         figures=_figures(result),
         reasons=result.reasons,
+        num_tasks=result.num_tasks,
     )
 
 
@@ -191,6 +217,8 @@ def _figures(done: Manifest) -> str:
 
 
 def _announce(step: Step, num_pending: int, num_kept: int, why: str) -> None:
+    if not num_pending and not num_kept:
+        return  # the settings, or the size of the dataset, ask for nothing here
     if why:
         print(f"{step.name}: runs again: {why}")
     kept = f" ({num_kept} already done)" if num_kept else ""
@@ -382,6 +410,9 @@ def run_pipeline(
 
 
 def _print_report(report: StepReport, root: str) -> None:
+    if not report.num_tasks:
+        print(f"{report.step}: not needed")
+        return
     if report.skipped:
         print(f"{report.step}: nothing to do ({report.num_in:,} in, {report.num_out:,} out)")
         return

@@ -1,5 +1,6 @@
 """What has been done, what would rerun, and why, in words."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,8 +23,15 @@ class StepState:
 
 
 def input_digests(store: Store, step: Step) -> dict[str, str]:
-    """sha256 of each manifest that the step reads; empty string for one that is not there."""
-    return {name: manifest.manifest_digest(store, name) or "" for name in step.reads}
+    """sha256 of each manifest that the step reads; empty string for one that is not there.
+
+    And of the files of each folder that it watches.
+    """
+    digests = {name: manifest.manifest_digest(store, name) or "" for name in step.reads}
+    for folder in step.watches:
+        files = {name: store.sha256(f"{folder}/{name}") for name in store.list(folder)}
+        digests[folder] = hashlib.sha256(manifest.canonical_json(files)).hexdigest()
+    return digests
 
 
 def _setting_changes(old: Mapping[str, object], new: Mapping[str, object], step: str) -> str:

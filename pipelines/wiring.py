@@ -4,15 +4,24 @@ import dataclasses
 import functools
 import glob
 import os
+from collections.abc import Collection
 from typing import Any
 
 from declip_filter import (
+    BuildGraph,
     BuildIndex,
     BuildNeighbors,
+    ClusterImages,
     EmbedPairs,
+    FillIndex,
     FilterPairs,
+    FindDuplicates,
     MeasureImages,
+    PlanFilter,
+    ScorePairs,
+    TrainIndex,
 )
+from declip_filter.scorers import COLUMNS, HEAD_SUFFIXES
 from declip_ingest.sources import ReadPairs, pin_lists
 from declip_ingest.stages import DownloadShards
 from declip_ingest.table import table_digest
@@ -36,53 +45,102 @@ def list_steps(root: str, ingest: DownloadShards, **filters: Any) -> list[Step]:
 
 def read_steps(root: str, ingest: DownloadShards, **filters: Any) -> list[Step]:
     """From a URL table to a neighbor table; every step may run on a cluster."""
-    return [
+    settings = {"drop_duplicates": ("bytes",), **filters}
+    steps = [
         Step(
             name="ingest",
             stage=ingest,
-            on_ray=True,
             summary="download and shard the pairs of the URL table",
         ),
         Step(
             name="measure",
             stage=MeasureImages(root=root),
             reads=("ingest",),
-            on_ray=True,
             summary="measure every picture and caption",
         ),
         Step(
+            name="embed_all",
+            stage=EmbedPairs(root=root, **IDLE["embed_all"]),
+            reads=("ingest",),
+            summary="embed every pair, for what is judged by embeddings",
+        ),
+        Step(
+            name="score",
+            stage=ScorePairs(root=root, **IDLE["score"]),
+            reads=("ingest", "embed_all"),
+            summary="score every pair",
+        ),
+        Step(
+            name="cluster",
+            stage=ClusterImages(root=root, **IDLE["cluster"]),
+            reads=("ingest", "embed_all"),
+            summary="part the pictures' vectors into clusters, near references or not",
+        ),
+        Step(
+            name="duplicates",
+            stage=FindDuplicates(root=root),
+            reads=("measure", "embed_all"),
+            summary="find duplicates, rung by rung",
+        ),
+        Step(
+            name="plan",
+            stage=PlanFilter(root=root, **settings),
+            reads=("measure", "score", "cluster", "duplicates"),
+            summary="count what every rule would drop",
+            settings_of="filter",
+        ),
+        Step(
             name="filter",
-            stage=FilterPairs(root=root, **filters),
-            reads=("measure",),
-            on_ray=True,
+            stage=FilterPairs(root=root, **settings),
+            reads=("measure", "score", "cluster", "duplicates", "plan"),
             summary="keep or drop, with a named reason",
         ),
         Step(
             name="embed",
             stage=EmbedPairs(root=root),
             reads=("ingest", "filter"),
-            on_ray=True,
             summary="embed the kept captions",
+        ),
+        Step(
+            name="train_index",
+            stage=TrainIndex(root=root),
+            reads=("embed",),
+            summary="choose the kind of FAISS index and train it on a sample",
+            settings_of="index",
+        ),
+        Step(
+            name="fill_index",
+            stage=FillIndex(root=root),
+            reads=("embed", "train_index"),
+            summary="add the embeddings, in parts",
+            settings_of="index",
         ),
         Step(
             name="index",
             stage=BuildIndex(root=root),
-            reads=("embed",),
-            on_ray=True,
-            summary="build the FAISS index and measure its recall",
+            reads=("embed", "train_index", "fill_index"),
+            summary="put the FAISS index together and measure its recall",
+        ),
+        Step(
+            name="graph",
+            stage=BuildGraph(root=root),
+            reads=("measure", "embed", "index"),
+            summary="find the nearest of all samples at once",
+            settings_of="neighbors",
         ),
         Step(
             name="neighbors",
             stage=BuildNeighbors(root=root),
-            reads=("embed", "index"),
-            on_ray=True,
-            summary="look up each pair's nearest other captions",
+            reads=("measure", "embed", "index", "graph"),
+            summary="write each pair's nearest other captions",
         ),
     ]
+    return [dataclasses.replace(step, on_ray=True) for step in steps]
 
 
 NAMES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("measure", "name", (("filter", "signals"),)),
+    ("measure", "name", (("duplicates", "signals"), ("neighbors", "signals"))),
+    ("embed_all", "name", (("score", "embeddings"), ("cluster", "embeddings"))),
     ("filter", "name", (("embed", "selection"), ("train", "selection"), ("report", "selection"))),
     ("embed", "name", (("index", "embeddings"),)),
     ("index", "name", (("neighbors", "index"),)),
@@ -105,11 +163,129 @@ def carry_names(pipeline: Pipeline) -> Pipeline:
             stage, value = stages[reader], getattr(stages[source], setting)
             if getattr(stage, field) == getattr(type(stage), field):
                 stages[reader] = dataclasses.replace(stage, **{field: value})
-    embed = stages["embed"]
-    if embed.encoder.startswith("checkpoint:") and not embed.encoder_factory:
-        # Worker processes know this kind by its dotted path alone.
-        stages["embed"] = dataclasses.replace(embed, encoder_factory=FACTORY)
-    steps = [dataclasses.replace(step, stage=stages[step.name]) for step in pipeline.steps]
+    for name in {"embed", "embed_all"} & stages.keys():
+        embed = stages[name]
+        if embed.encoder.startswith("checkpoint:") and not embed.encoder_factory:
+            # Worker processes know this kind by its dotted path alone.
+            stages[name] = dataclasses.replace(embed, encoder_factory=FACTORY)
+    if "filter" in stages and stages["filter"].signals == FilterPairs.signals:
+        asked = {
+            "score": "score" in stages and bool(stages["score"].scorer),
+            "cluster": "cluster" in stages and bool(stages["cluster"].references),
+        }
+        sets = [name for name in ("measure", "duplicates", "score", "cluster") if name in stages]
+        found = tuple(stages[name].name for name in sets if asked.get(name, True))
+        stages["filter"] = dataclasses.replace(stages["filter"], signals=found)
+    return _without_idle(_watching(_replace(pipeline, **stages)))
+
+
+def _watching(pipeline: Pipeline) -> Pipeline:
+    """Let signals that no step of ours writes count as what they hold."""
+    stages: dict[str, Any] = {step.name: step.stage for step in pipeline.steps}
+    writers = ("measure", "duplicates", "score", "cluster")
+    ours = {stages[name].name for name in writers if name in stages}
+    foreign = tuple(f"signals/{s}" for s in stages["filter"].signals if s not in ours)
+    steps = [
+        dataclasses.replace(step, watches=foreign) if step.name in ("plan", "filter") else step
+        for step in pipeline.steps
+    ]
+    return dataclasses.replace(pipeline, steps=steps)
+
+
+def _reads_vectors(score: ScorePairs) -> bool:
+    """Whether a scorer compares stored vectors; those of pictures read the tars."""
+    for name in score.scorer:
+        kind, _, model = name.partition(":")
+        if kind not in COLUMNS or kind in ("clip", "aesthetics"):
+            return True
+        if os.path.splitext(model)[1] in HEAD_SUFFIXES:
+            return True
+    return False
+
+
+def _without_idle(pipeline: Pipeline) -> Pipeline:
+    """Without the steps that nothing asked for: scores where no scorer is named, and vectors of
+    every pair where neither scores nor the semantic rung read them.
+
+    Raises:
+        DeclipError: a step that is left out was given settings.
+    """
+    stages: dict[str, Any] = {step.name: step.stage for step in pipeline.steps}
+    idle: dict[str, str] = {}
+    if "score" in stages and not stages["score"].scorer:
+        idle["score"] = "--score.scorer names no model"
+    if "cluster" in stages and not stages["cluster"].references:
+        idle["cluster"] = "--cluster.references names no file"
+    if "embed_all" in stages:
+        vectors = stages["embed_all"].name
+        readers = [stages["duplicates"].semantic_embeddings] if "duplicates" in stages else []
+        score: Any = stages.get("score")
+        if score is not None and _reads_vectors(score) and not score.encoder:
+            readers.append(score.embeddings)
+            if score.embeddings == vectors and not stages["embed_all"].images:
+                raise DeclipError(
+                    f"--score.scorer {','.join(score.scorer)} compares vectors of pictures, and "
+                    "--embed-all.images is false; set it to true with an --embed-all.encoder that "
+                    "reads pictures, or name such a one by --score.encoder."
+                )
+        if "cluster" in stages and "cluster" not in idle:
+            readers.append(stages["cluster"].embeddings)
+        if vectors not in readers:
+            idle["embed_all"] = (
+                "neither --score.scorer nor --cluster.references nor "
+                f"--duplicates.semantic-embeddings {vectors} asks for it"
+            )
+    if "duplicates" in stages and not _asks_for_duplicates(pipeline):
+        idle["duplicates"] = "no rule of the filter reads it"
+    for name, why in idle.items():
+        if name != "duplicates":
+            _refuse_settings(pipeline, name, IDLE[name], f"stage {name!r} is left out, for {why}")
+    return _leave_out(pipeline, idle.keys())
+
+
+def _asks_for_duplicates(pipeline: Pipeline) -> bool:
+    """Whether a rule of the filter reads what is found, or the user has settings for it."""
+    stage: Any = pipeline.step("duplicates").stage
+    filter_pairs: Any = pipeline.step("filter").stage
+    own = {"signals": stage.signals, "name": stage.name}
+    is_set = settings_of(stage, hashed_only=False) != settings_of(
+        type(stage)(root=pipeline.root, **own), hashed_only=False
+    )
+    rules = " ".join(filter_pairs.resolved_rules)
+    return is_set or "duplicate_" in rules or "contaminated" in rules
+
+
+IDLE: dict[str, dict[str, Any]] = {
+    "embed_all": {"name": "all", "selection": ""},
+    "score": {"embeddings": "all"},
+    "cluster": {"embeddings": "all"},
+}
+"""What recipes set in steps that may be left out."""
+
+
+def _refuse_settings(pipeline: Pipeline, name: str, own: dict[str, Any], why: str) -> None:
+    """Refuse a setting of a step that will not run.
+
+    Args:
+        name: of the step.
+        own: what the recipe itself sets there.
+        why: why the step is left out.
+    """
+    stage: Any = pipeline.step(name).stage
+    standard = settings_of(type(stage)(root=pipeline.root, **own), hashed_only=False)
+    for setting, value in settings_of(stage, hashed_only=False).items():
+        if value != standard[setting] and setting != "encoder_factory":
+            flag = f"--{name}.{setting}".replace("_", "-")
+            raise DeclipError(f"{flag} is {value}, but {why}; leave it out, or ask for that.")
+
+
+def _leave_out(pipeline: Pipeline, names: Collection[str]) -> Pipeline:
+    """The pipeline without these steps, and without anybody's reading them."""
+    steps = [
+        dataclasses.replace(step, reads=tuple(name for name in step.reads if name not in names))
+        for step in pipeline.steps
+        if step.name not in names
+    ]
     return dataclasses.replace(pipeline, steps=steps)
 
 
@@ -159,12 +335,7 @@ def _with_own_table(
             )
     ingest = pin_table(ingest) if is_here else ingest
     pipeline = _replace(pipeline, ingest=pin_digests(ingest, needs=needs_table))
-    steps = [
-        dataclasses.replace(step, reads=tuple(name for name in step.reads if name != "sources"))
-        for step in pipeline.steps
-        if step.name != "sources"
-    ]
-    return dataclasses.replace(pipeline, steps=steps)
+    return _leave_out(pipeline, ["sources"])
 
 
 def _is_there(location: str) -> bool:
@@ -180,7 +351,7 @@ def _replace(pipeline: Pipeline, **stages: Any) -> Pipeline:
     return dataclasses.replace(pipeline, steps=steps)
 
 
-NEIGHBOR_STEPS = ("embed", "index", "neighbors")
+NEIGHBOR_STEPS = ("embed", "train_index", "fill_index", "index", "graph", "neighbors")
 """What is run for the sake of the neighbor table alone."""
 
 
@@ -194,26 +365,15 @@ def derive_training(pipeline: Pipeline, *, needs_table: bool = True) -> Pipeline
     assert isinstance(train, TrainModel)
     if train.uses_index:
         return derive_pairs(pipeline, needs_table=needs_table)
+    why = (
+        f"training reads no neighbor table (method {train.method}, neighbor_source "
+        f"{train.neighbor_source}): choose --train.neighbor-source index with a method that has "
+        "neighbors"
+    )
     for name in NEIGHBOR_STEPS:
-        stage: Any = pipeline.step(name).stage
-        for setting, value in settings_of(stage, hashed_only=False).items():
-            standard = settings_of(type(stage)(root=pipeline.root), hashed_only=False)[setting]
-            if value != standard:
-                flag = f"--{name}.{setting.replace('_', '-')}"
-                raise DeclipError(
-                    f"{flag} is {value}, but training reads no neighbor table (method "
-                    f"{train.method}, neighbor_source {train.neighbor_source}); leave it out, or "
-                    "choose --train.neighbor-source index with a method that has neighbors."
-                )
-    pipeline = derive_pairs(pipeline, needs_table=needs_table)
-    steps = [
-        dataclasses.replace(
-            step, reads=tuple(name for name in step.reads if name not in NEIGHBOR_STEPS)
-        )
-        for step in pipeline.steps
-        if step.name not in NEIGHBOR_STEPS
-    ]
-    return dataclasses.replace(pipeline, steps=steps)
+        if not pipeline.step(name).settings_of:
+            _refuse_settings(pipeline, name, {}, why)
+    return _leave_out(derive_pairs(pipeline, needs_table=needs_table), NEIGHBOR_STEPS)
 
 
 def allow_missing_table(pipeline: Pipeline) -> Pipeline:

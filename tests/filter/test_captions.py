@@ -5,12 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from declip_filter.captions import (
+    CaptionMeasurer,
     caption_sha,
+    caption_words,
     is_file_name,
     is_url,
     measure_caption,
     normalize_caption,
 )
+from declip_filter.dictionary import Dictionary
+from declip_filter.languages import LanguageDetector
 
 
 @given(st.text())
@@ -120,3 +124,65 @@ def test_scripts_without_latin_letters_count_as_letters():
     assert measure_caption("красное яблоко")["caption_letters"] == 1
     assert measure_caption("हिन्दी")["caption_letters"] == 1
     assert measure_caption("красное яблоко")["caption_words"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("Click to enlarge", 1),
+        ("click here to view larger image", 1),
+        ("Image not available", 1),
+        ("No image available", 1),
+        ("royalty free stock photo", 1),
+        ("All rights reserved", 1),
+        ("Kein Bild vorhanden", 1),
+        ("Image 12", 1),
+        ("a red barn in snow - royalty free image", 3 / 8),
+        ("two dogs on a beach at sunset", 0),
+        ("a photographer takes a picture of a stocky horse", 0),
+        ("a person reading more books", 0),
+        ("", 0),
+    ],
+)
+def test_boilerplate_is_the_share_of_words_in_stock_phrases(text, share):
+    assert measure_caption(text)["caption_boilerplate"] == pytest.approx(share)
+
+
+def test_repeated_characters_count_where_there_are_no_words():
+    signals = measure_caption("!" * 44)
+    assert signals["caption_repetition"] == 0
+    assert signals["caption_char_repetition"] == pytest.approx(39 / 40)
+    assert measure_caption("红苹果红苹果红苹果红苹果")["caption_char_repetition"] > 0.5
+    assert measure_caption("a red apple")["caption_char_repetition"] == 0
+
+
+def test_capitals_and_digits_are_shares():
+    signals = measure_caption("ABcd 12")
+    assert signals["caption_upper"] == pytest.approx(1 / 2)
+    assert signals["caption_digits"] == pytest.approx(1 / 3)
+    assert measure_caption("红苹果 42")["caption_upper"] == 0
+
+
+@given(st.text())
+def test_words_given_are_words_found(text):
+    assert measure_caption(text, caption_words(text.strip())) == measure_caption(text)
+
+
+@given(st.text())
+def test_every_share_is_a_share(text):
+    for name, value in measure_caption(text).items():
+        if isinstance(value, float):
+            assert 0 <= value <= 1, name
+
+
+def test_what_is_not_loaded_is_none():
+    bare = CaptionMeasurer()("a red apple")
+    full = CaptionMeasurer(detector=LanguageDetector(), dictionary=Dictionary(["en"]))
+    whole = full("a red apple")
+    assert whole["caption_language"] == "en"
+    assert whole["caption_dictionary_words"] == 1
+    names = ["caption_language", "caption_language_confidence", "caption_dictionary_words"]
+    assert [bare[name] for name in (*names, "caption_nouns")] == [None] * 4
+    assert {k: v for k, v in whole.items() if k not in names} == {
+        k: v for k, v in bare.items() if k not in names
+    }

@@ -1,7 +1,6 @@
-import importlib
-import io
 import json
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,21 +9,30 @@ from stage_runs import HASHING, digests, run_one, run_stage
 
 from declip_filter import EmbedPairs, FilterPairs, MeasureImages
 from declip_filter.embeddings import (
-    embed_texts,
-    part_path,
-    partition_name,
     read_metadata,
     read_part,
     read_parts,
     read_vectors,
+    times_path,
 )
 from declip_shards import DeclipError, layout, read_samples
+from declip_shards.manifest import fingerprint
+from declip_shards.writer import pack_tar
 
 
 def read_all(root: str, store, kind="text_emb", name="text"):
     shards = layout.list_shards(store)
     read = [read_vectors(store, name, kind, part) for part in read_parts(store, name, shards)]
     return np.concatenate([vectors for vectors, _ in read]), [k for _, keys in read for k in keys]
+
+
+def hashed_files(root):
+    """What must be the same on every run: all but the times."""
+    folder = "embeddings/text/"
+    return {p: d for p, d in digests(root, folder).items() if "/times/" not in p}
+
+
+PREPARED = HASHING | {"encoder_factory": "hashing_encoder:make_prepared"}
 
 
 def test_every_row_is_a_selected_sample_of_the_tar_with_its_own_vector(selected_root, store):
@@ -52,53 +60,79 @@ def test_every_row_is_a_selected_sample_of_the_tar_with_its_own_vector(selected_
     assert stats["00002"].reasons == {"not_selected": stats["00002"].num_in}
 
 
-def test_batch_size_order_and_rerun_change_no_byte(selected_root, store):
-    stage = EmbedPairs(root=selected_root, images=True, **HASHING)
+@pytest.mark.parametrize("encoder", [HASHING, PREPARED], ids=["plain", "prepared"])
+def test_batches_threads_order_and_rerun_change_no_byte(selected_root, store, encoder):
+    stage = EmbedPairs(root=selected_root, images=True, **encoder)
     run_stage(stage)
-    before = digests(selected_root, "embeddings")
+    before = hashed_files(selected_root)
     for path in before:
         store.remove(path)
     assert not any(stage.is_done(task) for task in stage.tasks())
-    smaller = EmbedPairs(root=selected_root, images=True, batch_size=5, **HASHING)
-    run_stage(smaller, list(reversed(stage.tasks())))
-    assert digests(selected_root, "embeddings") == before
+    other = EmbedPairs(
+        root=selected_root,
+        images=True,
+        batch_size=5,
+        batch_tokens=9,
+        decode_threads=3,
+        **encoder,
+    )
+    run_stage(other, list(reversed(stage.tasks())))
+    assert hashed_files(selected_root) == before
+
+
+def test_an_encoder_that_prepares_gives_what_it_gives_at_once(selected_root, store):
+    for name, encoder in (("plain", HASHING), ("prepared", PREPARED)):
+        stage = EmbedPairs(root=selected_root, name=name, texts=False, images=True, **encoder)
+        run_stage(stage)
+    plain, prepared = (read_all(selected_root, store, "img_emb", n) for n in ("plain", "prepared"))
+    assert plain[1] == prepared[1]
+    np.testing.assert_array_equal(plain[0], prepared[0])
+
+
+def test_threads_change_no_fingerprint_and_count_as_cores():
+    stages = [EmbedPairs(**HASHING), EmbedPairs(decode_threads=6, **HASHING)]
+    assert len({fingerprint(stage, "1", {}) for stage in stages}) == 1
+    assert [stage.num_cpus for stage in stages] == [1, 6]
+    assert EmbedPairs(device="cuda", **HASHING).num_cpus == 4
+    assert fingerprint(EmbedPairs(batch_tokens=99, **HASHING), "1", {}) != fingerprint(
+        stages[0], "1", {}
+    )
+
+
+def test_each_task_says_how_long_the_encoder_waited(selected_root, store, capfd):
+    stats = run_stage(EmbedPairs(root=selected_root, **PREPARED))
+    lines = capfd.readouterr().err.splitlines()
+    for shard in ("00000", "00001"):
+        figures = json.loads(store.read_bytes(times_path("text", shard)))
+        assert figures["rows"] == stats[shard].num_out
+        assert 0 <= figures["waiting_share"] <= 1
+        assert figures["encoding_seconds"] <= figures["seconds"]
+        # The captions have six words, and this encoder reads four.
+        assert figures["texts_cut"] == figures["rows"] > 0
+        (line,) = [line for line in lines if line.startswith(f"  embed text {shard}: ")]
+        assert f"{figures['rows']} rows in" in line
+        assert f"the encoder waited {figures['waiting_share']:.0%} of the time" in line
+        assert line.endswith(f"{figures['texts_cut']} texts cut")
+    assert not any("00002" in line for line in lines)  # it has no selected pair
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(selected_root, store):
     stage = EmbedPairs(root=selected_root, **HASHING)
     run_stage(stage)
-    before = digests(selected_root, "embeddings")
+    before = hashed_files(selected_root)
     for path in before:
         store.remove(path)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(run_one, [(stage, task) for task in reversed(stage.tasks())])
-    assert digests(selected_root, "embeddings") == before
+    assert hashed_files(selected_root) == before
 
 
 def test_every_file_that_is_written_is_listed(selected_root):
     stats = run_stage(EmbedPairs(root=selected_root, images=True, **HASHING))
-    listed = sorted(path for s in stats.values() for path in s.files)
+    listed = sorted(path for s in stats.values() for path in (*s.files, *s.volatile_files))
     assert listed == sorted(digests(selected_root, "embeddings"))
-
-
-def test_equal_captions_are_encoded_once_and_get_equal_vectors():
-    encoder = HashingEncoder(32)
-    texts = ["b", "a a", "b", "c", "a a"]
-    vectors = embed_texts(encoder, texts, batch_size=2)
-    assert encoder.num_texts == 3
-    np.testing.assert_array_equal(vectors[0], vectors[2])
-    np.testing.assert_array_equal(vectors[1], vectors[4])
-    np.testing.assert_array_equal(embed_texts(encoder, texts[::-1], 2)[::-1], vectors)
-    assert embed_texts(encoder, [], 2).shape == (0, 32)
-
-
-def test_partition_numbers_are_clip_retrievals():
-    ten = [f"{n:05d}" for n in range(10)]
-    assert [partition_name(s, ten) for s in ("00000", "00009")] == ["00", "09"]
-    assert partition_name("00003", ten[:9]) == "3"
-    assert partition_name("00000", ["00000"]) == "0"
-    assert partition_name("00007", ["00007", "00123"]) == "007"
+    assert {path for s in stats.values() for path in s.files} == set(hashed_files(selected_root))
 
 
 def test_an_empty_selection_name_takes_every_success(selected_root, store):
@@ -126,13 +160,59 @@ def test_selection_of_other_samples_is_refused(selected_root, store):
         run_stage(EmbedPairs(root=selected_root, **HASHING))
 
 
-def test_vectors_that_are_not_finite_are_refused_by_key(selected_root, store):
-    bad = next(s.key for s in read_samples(store, "00000") if "purple" in s.caption)
-    stage = EmbedPairs(
-        root=selected_root, encoder="hashing:64", encoder_factory="hashing_encoder:make_broken"
+def broken(factory, **settings):
+    return EmbedPairs(
+        encoder="hashing:64", encoder_factory=f"hashing_encoder:{factory}", **settings
     )
-    with pytest.raises(DeclipError, match=rf"vector of sample '{bad}' is not finite"):
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_samples_without_a_usable_vector_are_dropped_and_counted(selected_root, store, images):
+    """The encoder gives NaN for purple, zeros for orange; the pictures are all good."""
+    stats = run_stage(broken("make_broken", root=selected_root, images=images))
+    run_stage(EmbedPairs(root=selected_root, name="whole", images=images, **HASHING))
+    for shard in ("00000", "00001"):
+        samples = list(read_samples(store, shard))
+        bad = {s.key for s in samples if "purple" in s.caption or "orange" in s.caption}
+        assert bad
+        assert stats[shard].reasons == {"embedding_not_finite": len(bad)}
+        part, whole = (read_part(store, name, shard) for name in ("text", "whole"))
+        assert part.num_not_finite == len(bad)
+        assert part.num_rows == whole.num_rows - len(bad)
+        for kind in part.kinds:
+            vectors, keys = read_vectors(store, "text", kind, part)
+            expected, all_keys = read_vectors(store, "whole", kind, whole)
+            assert keys == [key for key in all_keys if key not in bad]
+            stays = [key not in bad for key in all_keys]
+            np.testing.assert_array_equal(vectors, expected[stays])
+
+
+def test_an_encoder_that_gives_no_usable_vector_is_refused(selected_root):
+    stage = broken("make_all_broken", root=selected_root, images=True)
+    with pytest.raises(
+        DeclipError, match=r"shard 00000: encoder 'hashing:64' gave no finite vector .* of \d+ samp"
+    ):
         run_stage(stage)
+    assert not stage.is_done("00000")
+
+
+def test_pictures_that_are_damaged_or_missing_are_refused_by_shard_and_key(selected_root, store):
+    samples = list(read_samples(store, "00001"))
+    stage = EmbedPairs(root=selected_root, images=True, **PREPARED)
+    run_stage(stage, ["00000"])
+    store.write_bytes(layout.tar_path("00001"), pack_tar(samples[1:]))
+    with pytest.raises(
+        DeclipError, match=rf"shard 00001: the tar lacks the picture of sample '{samples[0].key}'"
+    ):
+        run_stage(stage, ["00001"])
+    cut = replace(samples[0], image=samples[0].image[:50])
+    store.write_bytes(layout.tar_path("00001"), pack_tar([cut, *samples[1:]]))
+    with pytest.raises(
+        DeclipError, match=rf"shard 00001: the picture of sample '{cut.key}' cannot be read"
+    ):
+        run_stage(stage, ["00001"])
+    assert not stage.is_done("00001")
+    assert stage.is_done("00000")
 
 
 def test_pictures_from_a_text_encoder_are_refused(selected_root):
@@ -149,6 +229,10 @@ def test_pictures_from_a_text_encoder_are_refused(selected_root):
     [
         ({"texts": False}, r"texts and images are both false"),
         ({"batch_size": 0}, r"batch_size is 0; it must be at least 1"),
+        ({"batch_tokens": 0}, r"batch_tokens is 0; it must be at least 1"),
+        ({"decode_threads": 0}, r"decode_threads is 0; it must be at least 1"),
+        ({"device": "gpu"}, r"device is 'gpu'; it must be 'cpu', 'cuda' or 'cuda:N'"),
+        ({"precision": "float16"}, r"precision is 'float16' on device 'cpu'"),
         ({"encoder": "sentense:x"}, r"Did you mean 'sentence'"),
         ({"selection": "../x"}, r"selection is '../x'; it must be one folder name"),
     ],
@@ -161,75 +245,3 @@ def test_wrong_settings_are_refused(settings, sentence):
 def test_gpu_is_asked_for_by_the_device_alone():
     assert EmbedPairs().num_gpus == 0
     assert EmbedPairs(device="cuda:1").num_gpus == 1
-
-
-def test_mixed_encoders_stray_shards_and_missing_parts_are_refused(embedded_root, store):
-    shards = layout.list_shards(store)
-    other = EmbedPairs(
-        root=embedded_root, encoder="hashing:64", encoder_factory="hashing_encoder:make_salted"
-    )
-    run_stage(other, ["00001"])
-    with pytest.raises(DeclipError, match=r"mix encoders: shard 00000 .*shard 00001"):
-        read_parts(store, "text", shards)
-    run_stage(EmbedPairs(root=embedded_root, **HASHING), ["00001"])
-    with pytest.raises(DeclipError, match=r"of another dataset: they have shard 00002"):
-        read_parts(store, "text", shards[:2])
-    with pytest.raises(DeclipError, match=r"lack shard 00003.*rerun the stage that embeds"):
-        read_parts(store, "text", [*shards, "00003"])
-
-
-def test_damaged_files_are_refused(embedded_root, store):
-    part = read_part(store, "text", "00000")
-    path = layout.embedding_path("text", "text_emb", part.partition)
-    whole = store.read_bytes(path)
-    store.write_bytes(path, whole[:-50])
-    with pytest.raises(DeclipError, match=r"text_emb_0.npy' is damaged"):
-        read_vectors(store, "text", "text_emb", part)
-    array = np.load(io.BytesIO(whole))
-    for broken, sentence in ((array[:, :32], r"where \(\d+, 64\) is due"), (array * 2, "length 2")):
-        sink = io.BytesIO()
-        np.save(sink, broken)
-        store.write_bytes(path, sink.getvalue())
-        with pytest.raises(DeclipError, match=sentence):
-            read_vectors(store, "text", "text_emb", part)
-    store.remove(path)
-    with pytest.raises(DeclipError, match=r"text_emb_0.npy' is missing"):
-        read_vectors(store, "text", "text_emb", part)
-    with pytest.raises(DeclipError, match=r"hold text_emb, not 'img_emb'"):
-        read_vectors(store, "text", "img_emb", part)
-
-
-def test_torn_and_newer_parts_are_refused(embedded_root, store):
-    path = part_path("text", "00000")
-    value = json.loads(store.read_bytes(path))
-    store.write_bytes(path, json.dumps(value | {"format_version": 99}).encode())
-    with pytest.raises(DeclipError, match=r"of format 99.*upgrade opendeclip"):
-        read_part(store, "text", "00000")
-    store.write_bytes(path, b'{"shard": ')
-    with pytest.raises(DeclipError, match=r"is damaged .*rerun the stage that embeds"):
-        read_part(store, "text", "00000")
-
-
-def test_embedding_reader_of_clip_retrieval_joins_our_rows(selected_root, store):
-    """A shard without a selected pair lies first: it must not shift the rows of the others."""
-    reader = importlib.import_module("embedding_reader")
-    run_stage(
-        FilterPairs(root=selected_root, name="later", split_column="split", keep_splits=("test",))
-    )
-    stage = EmbedPairs(root=selected_root, selection="later", images=True, **HASHING)
-    run_stage(stage)
-    vectors, keys = read_all(selected_root, store)
-    assert keys
-    assert keys[0].startswith("00002")
-    for kind in ("text_emb", "img_emb"):
-        expected, _ = read_all(selected_root, store, kind)
-        read = reader.EmbeddingReader(
-            embeddings_folder=f"{selected_root}/embeddings/text/{kind}",
-            metadata_folder=f"{selected_root}/embeddings/text/metadata",
-            file_format="parquet_npy",
-            meta_columns=["image_path", "caption"],
-        )
-        assert (read.count, read.dimension) == vectors.shape
-        batches = list(read(batch_size=7, show_progress=False))
-        np.testing.assert_array_equal(np.concatenate([b[0] for b in batches]), expected)
-        assert [key for b in batches for key in b[1]["image_path"]] == keys

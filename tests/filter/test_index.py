@@ -9,72 +9,16 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from index_rows import unit_rows
 from stage_runs import HASHING, digests, run_stage
 
 from declip_filter import BuildIndex, EmbedPairs, FilterPairs
 from declip_filter.embeddings import read_parts, read_vectors
-from declip_filter.index import (
-    build_index,
-    choose_nlist,
-    exact_truths,
-    index_path,
-    info_path,
-    measure_recall,
-    rows_path,
-    search,
-    wilson_interval,
-)
+from declip_filter.index import build_index
+from declip_filter.index_files import index_path, info_path, load_index, rows_path, search
 from declip_shards import DeclipError, layout, read_samples, sidecars
 
 pytestmark = pytest.mark.usefixtures("several_threads")
-
-
-def unit_rows(num: int, dim: int, seed: int = 0, num_centers: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(num, dim))
-    if num_centers:
-        centers = rng.normal(size=(num_centers, dim)) * 1.5
-        rows += centers[rng.integers(num_centers, size=num)]
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float16)
-
-
-def plain_recall(index, vectors: np.ndarray, queries: list[int], nprobe: int) -> float:
-    """recall@10 of the other rows by plain loops over sorted scores; no duplicates allowed."""
-    wide = vectors.astype(np.float64)
-    total = 0
-    for query in queries:
-        order = [r for r in np.argsort(-(wide @ wide[query]), kind="stable").tolist() if r != query]
-        _, rows = search(index, vectors[[query]].astype(np.float32), 11, nprobe)
-        found = [r for r in rows[0].tolist() if r not in (query, -1)][:10]
-        total += len(set(found) & set(order[:10]))
-    return total / (10 * len(queries))
-
-
-@pytest.mark.parametrize("nprobe", [1, 2, 4, 16])
-def test_recall_is_what_brute_force_says(nprobe):
-    vectors = unit_rows(900, 24, num_centers=30)
-    index = build_index(vectors, nlist=16, seed=0)
-    queries = list(range(0, 900, 9))
-    truths = exact_truths(vectors, np.asarray(queries))
-    measured = measure_recall(index, vectors, truths, nprobe)
-    assert measured.recall == pytest.approx(plain_recall(index, vectors, queries, nprobe), abs=2e-3)
-    assert measured.recall_with_duplicates >= measured.recall
-    assert (measured.recall == 1) == (nprobe == 16)
-
-
-def test_duplicates_do_not_flatter_the_recall():
-    """Every row forty times: the easy figure is perfect, the honest one sees the lists missed."""
-    vectors = np.repeat(unit_rows(300, 24, num_centers=0), 40, axis=0)
-    index = build_index(vectors, nlist=64, seed=0)
-    measured = measure_recall(index, vectors, exact_truths(vectors, np.arange(0, 12000, 97)), 1)
-    assert measured.recall_with_duplicates > 0.99
-    assert measured.recall < 0.8
-
-
-def test_flat_index_is_exact():
-    vectors = unit_rows(200, 16)
-    index = build_index(vectors, nlist=0, seed=0)
-    assert measure_recall(index, vectors, exact_truths(vectors, np.arange(200))).recall == 1
 
 
 def test_same_rows_same_bytes_other_seed_other_centroids():
@@ -100,19 +44,6 @@ def test_search_finds_an_indexed_row_first():
         scores, rows = search(index, vectors.astype(np.float32), 3, 8 if nlist else None)
         np.testing.assert_array_equal(rows[:, 0], np.arange(300))
         np.testing.assert_allclose(scores[:, 0], 1, atol=2e-3)
-
-
-def test_lists_for_a_number_of_rows():
-    assert choose_nlist(9_000) == 9_000 // 39
-    assert choose_nlist(1_000_000) == 4000
-    assert choose_nlist(5) == 1
-
-
-def test_wilson_interval_by_the_textbook():
-    low, high = wilson_interval(0.9, 100)
-    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
-    assert wilson_interval(1.0, 50)[1] == 1
-    assert wilson_interval(0.0, 50)[0] == 0
 
 
 def test_stage_writes_index_rows_and_info_that_agree(indexed_root, store):
@@ -193,6 +124,13 @@ def test_embeddings_without_a_row_are_refused(selected_root, store):
         ({"nlist": 0}, r"nlist is 0; it must be at least 1"),
         ({"nlist": 4, "nprobe": 5}, r"nprobe is 5, more than the 4 lists"),
         ({"index_type": "Flat", "nprobe": 5}, r"unset them or choose index_type 'IVF'"),
+        ({"index_type": "HNSW", "nlist": 5}, r"unset them or choose index_type 'IVF'"),
+        ({"index_key": "IVF8,Flat", "nlist": 5}, r"leave index_type and nlist unset with it"),
+        ({"index_key": "HNSW8", "nprobe": 5}, r"index_key 'HNSW8' has none; unset it"),
+        ({"index_key": "Flat,RFlat"}, r"without IDMap, refinement"),
+        ({"max_memory_gib": 0.1}, r"max_memory_gib is 0.1; it must be at least 0.5"),
+        ({"rows_per_task": 0}, r"rows_per_task is 0"),
+        ({"device": "gpu"}, r"device is 'gpu'"),
         ({"recall_target": 1.1}, r"recall_target is 1.1; it must be from 0 to 1"),
         ({"num_queries": 0}, r"num_queries is 0"),
         ({"seed": -1}, r"seed is -1"),
@@ -211,7 +149,7 @@ def test_more_lists_than_rows_or_probes_than_lists_are_refused(embedded_root):
 
 
 def test_clip_retrievals_own_service_answers_from_our_files(indexed_root, store, monkeypatch):
-    """clip_back's index loader, metadata provider and search, on what the stages wrote."""
+    """clip_back's index loader (mapped), metadata provider and search, on what the stages wrote."""
     spec = find_spec("clip_retrieval")
     assert spec is not None, "install requirements/dev-no-deps.txt"
     assert spec.origin is not None
@@ -221,6 +159,13 @@ def test_clip_retrievals_own_service_answers_from_our_files(indexed_root, store,
     monkeypatch.setitem(sys.modules, "clip_retrieval", package)
     clip_back = importlib.import_module("clip_retrieval.clip_back")
 
+    for key in ("IVF8,PQ32x4fsr", "OPQ16_64,IVF8,PQ16x4fs", "IVF8,SQfp16", "HNSW8,Flat", "Flat"):
+        settings: dict[str, Any] = {"index_key": key, "recall_target": 0, "num_queries": 20}
+        run_stage(BuildIndex(root=indexed_root, name="other", **settings))
+        other = clip_back.load_index(str(store.local_path(index_path("other"))), True)
+        ours = load_index(store, "other").faiss_index
+        queries = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
+        np.testing.assert_array_equal(other.search(queries, 5)[1], ours.search(queries, 5)[1])
     index = clip_back.load_index(str(store.local_path(index_path("captions"))), True)
     provider = clip_back.ParquetMetadataProvider(f"{indexed_root}/embeddings/text/metadata")
     resource = types.SimpleNamespace(

@@ -14,10 +14,9 @@ from declip_filter import (
     selected_keys,
 )
 from declip_filter.captions import normalize_caption
-from declip_filter.embeddings import read_metadata, read_parts, read_vectors
-from declip_filter.index import index_path, info_path, rows_path
-from declip_filter.neighbors import load_index
-from declip_shards import DeclipError, layout, sidecars
+from declip_filter.embeddings import part_path, read_metadata, read_parts, read_vectors
+from declip_filter.index_files import index_path, info_path, load_index, rows_path
+from declip_shards import DeclipError, layout, neighbor_tables, sidecars
 
 pytestmark = pytest.mark.usefixtures("several_threads")
 
@@ -80,7 +79,7 @@ def test_no_self_no_same_caption_no_caption_twice(indexed_root, store):
 @pytest.mark.parametrize("first_width", [5, 8, 64])
 def test_an_exact_index_gives_what_brute_force_gives(embedded_root, store, first_width):
     run_stage(BuildIndex(root=embedded_root, index_type="Flat"))
-    stage = BuildNeighbors(root=embedded_root, k=4, num_candidates=first_width)
+    stage = BuildNeighbors(root=embedded_root, method="index", k=4, num_candidates=first_width)
     run_stage(stage)
     vectors, keys, captions = embedded(store)
     table = tables(store)
@@ -96,14 +95,16 @@ def test_an_exact_index_gives_what_brute_force_gives(embedded_root, store, first
 def test_lists_that_run_out_are_widened_until_k_are_found(embedded_root, store):
     """One probed list holds few captions; the search must go on to other lists."""
     run_stage(BuildIndex(root=embedded_root, nlist=16, nprobe=1, recall_target=0))
-    stats = run_stage(BuildNeighbors(root=embedded_root, k=30, num_candidates=31))
+    stage = BuildNeighbors(root=embedded_root, method="index", k=30, num_candidates=31)
+    stats = run_stage(stage)
     assert all(len(row["neighbor_keys"]) == 30 for row in tables(store).values())
     assert sum(s.extra["num_short"] for s in stats.values()) == 0
 
 
 def test_more_neighbors_than_captions_gives_all_of_them(embedded_root, store):
     run_stage(BuildIndex(root=embedded_root, index_type="Flat"))
-    stats = run_stage(BuildNeighbors(root=embedded_root, k=500, num_candidates=501))
+    stage = BuildNeighbors(root=embedded_root, method="index", k=500, num_candidates=501)
+    stats = run_stage(stage)
     _, _, captions = embedded(store)
     distinct = len({normalize_caption(text) for text in captions})
     assert {len(row["neighbor_keys"]) for row in tables(store).values()} == {distinct - 1}
@@ -136,7 +137,9 @@ def test_far_neighbors_are_left_out_and_rows_stay(embedded_root, store):
 
 def test_few_candidates_keep_fewer_neighbors_and_say_so(embedded_root, store):
     run_stage(BuildIndex(root=embedded_root, index_type="Flat"))
-    stage = BuildNeighbors(root=embedded_root, k=20, num_candidates=21, max_candidates=21)
+    stage = BuildNeighbors(
+        root=embedded_root, method="index", k=20, num_candidates=21, max_candidates=21
+    )
     stats = run_stage(stage)
     assert max(len(row["neighbor_keys"]) for row in tables(store).values()) <= 20
     assert sum(s.extra["num_short"] for s in stats.values()) > 0
@@ -197,7 +200,7 @@ def test_embeddings_by_other_weights_than_the_index_are_refused(indexed_root):
 def test_embeddings_of_another_selection_than_the_index_are_refused(indexed_root):
     run_stage(FilterPairs(root=indexed_root, keep_splits=("test",)))
     run_stage(EmbedPairs(root=indexed_root, **HASHING))
-    with pytest.raises(DeclipError, match=r"holds other samples of shard 00000"):
+    with pytest.raises(DeclipError, match=r"names 72 rows, the embeddings 'text' hold 36"):
         run_stage(BuildNeighbors(root=indexed_root))
 
 
@@ -216,8 +219,79 @@ def test_table_of_other_samples_is_refused(indexed_root, store):
         ({"k": 8, "num_candidates": 8}, r"at least 9 are needed: raise num_candidates"),
         ({"max_candidates": 10}, r"max_candidates is 10, fewer than the 64"),
         ({"min_score": 1.5}, r"min_score is 1.5; it must be from -1 to 1"),
+        ({"useful_score": -3}, r"useful_score is -3; it must be from -1 to 1"),
+        ({"method": "exat"}, r"method is 'exat'. Did you mean 'exact'"),
+        ({"kind": "text"}, r"kind is 'text'. Did you mean 'text_emb'"),
+        ({"name": "captions@"}, r"name is ''; it must be one folder name"),
+        ({"index": ""}, r"index and embeddings are both empty"),
+        ({"index": "", "embeddings": "text"}, r"kind is empty, and there is no index"),
+        (
+            {"index": "", "embeddings": "text", "method": "index"},
+            r"method is 'index', but index is empty",
+        ),
+        ({"max_image_hash_distance": 65}, r"max_image_hash_distance is 65; it must be from 0 to"),
+        ({"max_image_cosine": 2.0}, r"max_image_cosine is 2; it must be from -1 to 1"),
+        ({"device": "tpu"}, r"device is 'tpu'"),
+        ({"max_memory_gib": 0}, r"max_memory_gib is 0; it must be at least 0.01"),
     ],
 )
 def test_wrong_settings_are_refused(settings, sentence):
     with pytest.raises(DeclipError, match=sentence):
         BuildNeighbors(**settings)
+
+
+def test_a_sample_without_a_vector_has_no_neighbors_and_is_no_fault(indexed_root, store):
+    """An encoder may give up on a sample; the table then has no row of it."""
+    keys = selected_keys(store, "default", "00000")
+    path = layout.neighbors_path("captions", "00000")
+    table = sidecars.read_table(store, path)
+    sidecars.write_table(store, path, table.slice(2))
+    filled = read_neighbors(store, "captions", "00000", keys)
+    assert filled.column("key").to_pylist() == keys
+    assert filled.column("neighbor_keys").to_pylist()[:2] == [[], []]
+    assert filled.slice(2).to_pylist() == table.slice(2).select(filled.column_names).to_pylist()
+
+
+def test_the_description_names_vectors_method_and_settings(indexed_root, store):
+    description = neighbor_tables.read_description(store, "captions")
+    assert description is not None
+    info = json.loads(store.read_bytes(info_path("captions")))
+    assert description["settings"]["k"] == description["k"] == 4
+    for name, entry in (("encoder", "encoder"), ("kind", "kind"), ("index_sha256", "index_sha256")):
+        assert description[name] == info[entry]
+    assert (description["method"], description["num_rows"]) == ("exact", 72)
+    digest = store.sha256(neighbor_tables.description_path("captions"))
+    assert {row[neighbor_tables.IDENTITY] for row in tables(store).values()} == {digest}
+    work = BuildNeighbors(root=indexed_root, k=4, num_candidates=8).worker()
+    assert neighbor_tables.description_path("captions") in work("00000").files
+    assert neighbor_tables.description_path("captions") not in work("00001").files
+
+
+def test_useful_neighbors_are_counted_and_nothing_is_dropped(embedded_root, store):
+    run_stage(BuildIndex(root=embedded_root, index_type="Flat"))
+    shares = []
+    for useful in (-1.0, 0.9, 1.0):
+        stats = run_stage(BuildNeighbors(root=embedded_root, useful_score=useful))
+        shares.append(stats["00000"].extra["fraction_useful"])
+        best = [row["scores"][0] for row in tables(store).values() if row["key"] < "00001"]
+        assert shares[-1] == pytest.approx(np.mean([s >= useful for s in best]), abs=1e-6)
+    assert shares[0] == 1
+    assert shares[0] >= shares[1] >= shares[2]
+
+
+def test_an_index_of_another_side_is_not_searched(embedded_root):
+    run_stage(EmbedPairs(root=embedded_root, images=True, **HASHING))
+    run_stage(BuildIndex(root=embedded_root, index_type="Flat"))
+    with pytest.raises(DeclipError, match=r"is of text_emb, and kind is 'img_emb'; choose method"):
+        run_stage(BuildNeighbors(root=embedded_root, method="index", kind="img_emb"))
+    with pytest.raises(DeclipError, match=r"is of embeddings 'text', and embeddings is 'others'"):
+        run_stage(BuildNeighbors(root=embedded_root, embeddings="others"))
+    run_stage(BuildNeighbors(root=embedded_root, method="exact", kind="img_emb"))
+
+
+def test_embeddings_without_a_row_are_refused(embedded_root, store):
+    for shard in layout.list_shards(store):
+        part = json.loads(store.read_bytes(part_path("text", shard)))
+        store.write_bytes(part_path("text", shard), json.dumps(part | {"num_rows": 0}).encode())
+    with pytest.raises(DeclipError, match=r"hold 0 samples .selection 'default'.*loosen the filt"):
+        run_stage(BuildNeighbors(root=embedded_root, index="", embeddings="text", kind="text_emb"))

@@ -5,16 +5,22 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 from stage_runs import HASHING, run_stage
 
 from declip_filter import BuildIndex, BuildNeighbors, EmbedPairs, read_neighbors
 from declip_filter.embeddings import read_part, read_vectors
-from declip_filter.index import build_index, info_path, search
-from declip_filter.neighbors import load_index
+from declip_filter.index import build_index
+from declip_filter.index_building import part_files
+from declip_filter.index_choice import Choice, check_index_key
+from declip_filter.index_files import build_path, info_path, load_index, search
+from declip_filter.index_training import build_whole
+from declip_filter.knn_graph import ArrayVectors
 from declip_filter.optout import (
     drop_from_index,
     drop_from_sidecars,
+    names_a_duplicate,
     names_a_neighbor,
     recount,
     remove_rows,
@@ -75,12 +81,110 @@ def test_an_index_without_rows_answers_as_the_old_one_without_them(index_type):
 @pytest.mark.parametrize("nlist", [0, 7])
 def test_removing_in_two_steps_gives_the_same_bytes_as_in_one(nlist):
     rng = np.random.default_rng(4)
-    vectors = rng.normal(size=(200, 8)).astype(np.float16)
+    vectors = rng.normal(size=(200, 8))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     first, second = rng.random(200) > 0.2, rng.random(200) > 0.2
     at_once = remove_rows(build_index(vectors, nlist=nlist, seed=0), first & second)
     in_turn = remove_rows(build_index(vectors, nlist=nlist, seed=0), first)
     in_turn = remove_rows(in_turn, second[first])
     assert np.array_equal(faiss.serialize_index(at_once), faiss.serialize_index(in_turn))
+
+
+def unit(num: int, dim: int, seed: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(num, dim))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float16)
+
+
+def built(key: str, vectors: np.ndarray):
+    choice = Choice(index_key=key, nlist=check_index_key(key), reason="")
+    return build_whole(choice, ArrayVectors(vectors), seed=0)
+
+
+KEYS = (
+    "IVF6,SQ8",
+    "OPQ8_16,IVF6,PQ8x4fs",
+    "PCA8,IVF6,Flat",
+    "HNSW8,Flat",
+    "SQ8",
+)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_type_loses_rows_in_steps_as_at_once(key):
+    vectors = unit(300, 16, 3)
+    rng = np.random.default_rng(5)
+    first, second = rng.random(300) > 0.2, rng.random(300) > 0.2
+    at_once = remove_rows(built(key, vectors), first & second)
+    in_turn = remove_rows(remove_rows(built(key, vectors), first), second[first])
+    assert np.array_equal(faiss.serialize_index(at_once), faiss.serialize_index(in_turn))
+    left = vectors[first & second]
+    new = faiss.deserialize_index(faiss.serialize_index(at_once))
+    assert new.ntotal == len(left)
+    effort = 6 if "IVF" in key else 300 if "HNSW" in key else None
+    scores, rows = search(new, left[:50].astype(np.float32), new.ntotal, effort)
+    if "HNSW" in key:
+        assert (rows[:, 0] == np.arange(50)).mean() > 0.9
+        return
+    old_scores, old_rows = search(built(key, vectors), left[:50].astype(np.float32), 300, effort)
+    numbers = np.where(first & second, np.cumsum(first & second) - 1, -1)
+    for query in range(50):
+        was = {
+            numbers[row]: score
+            for row, score in zip(old_rows[query], old_scores[query], strict=True)
+            if numbers[row] >= 0
+        }
+        assert was == dict(zip(rows[query].tolist(), scores[query], strict=True))
+
+
+def test_a_graph_of_trained_codes_says_that_it_loses_no_row():
+    index = built("HNSW8,SQ8", unit(100, 16, 0))
+    with pytest.raises(DeclipError, match=r"IndexHNSWSQ can lose no row; delete its folder"):
+        remove_rows(index, np.arange(100) > 3)
+
+
+def test_parts_of_an_index_that_is_being_built_go_too(indexed_root, gone):
+    store = Store(indexed_root)
+    for name in ("00000.faiss", "empty.faiss"):
+        store.write_bytes(build_path("captions", name), b"vectors")
+    drop(store, gone)
+    assert part_files(store, "captions") == []
+    assert store.exists(build_path("captions", "empty.faiss"))
+
+
+def test_no_row_is_called_a_duplicate_of_one_that_is_gone(indexed_root, gone):
+    store = Store(indexed_root)
+    shard = layout.list_shards(store)[0]
+    keys = sidecars.read_table(store, layout.signals_path("basic", shard), ["key"])
+    keys = keys.column(0).to_pylist()
+    kept_ones = [sorted(gone)[0], keys[0], None]
+    num = len(keys)
+    table = pa.table(
+        {
+            "key": keys,
+            "duplicate_bytes_of": pa.array([None] * num, pa.string()),
+            "duplicate_perceptual_of": [kept_ones[n % 3] for n in range(num)],
+            "duplicate_perceptual_distance": pa.array(
+                [n if kept_ones[n % 3] else None for n in range(num)], pa.int32()
+            ),
+            "contaminated_by": [f"eval:{sorted(gone)[0]}"] * num,
+        }
+    )
+    path = layout.signals_path("duplicates", shard)
+    sidecars.write_table(store, path, table)
+    assert names_a_duplicate(store, "duplicates", shard, gone)
+    assert not names_a_duplicate(store, "basic", shard, gone)
+    assert not names_a_duplicate(store, "none", shard, gone)
+    apply(store, drop_from_sidecars(store, shard, gone))
+    assert not names_a_duplicate(store, "duplicates", shard, gone)
+    rows = {row["key"]: row for row in table.to_pylist()}
+    for row in sidecars.read_rows(store, path):
+        old = rows.pop(row["key"])
+        if old["duplicate_perceptual_of"] in gone:
+            old |= {"duplicate_perceptual_of": None, "duplicate_perceptual_distance": None}
+        assert row == old
+    assert set(rows) <= gone
+    assert sidecars.read_table(store, path).schema.equals(table.schema)
+    assert drop_from_sidecars(store, shard, gone) == {}
 
 
 def test_all_rows_may_go():

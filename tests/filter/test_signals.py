@@ -1,4 +1,6 @@
+import hashlib
 import io
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -6,27 +8,16 @@ import pytest
 from PIL import Image
 from stage_runs import digests, run_stage
 
-from declip_filter import MeasureImages
+from declip_filter import MeasureImages, signals
 from declip_filter.signals import (
     SCHEMA,
-    difference_hash,
-    luma_entropy,
-    measure_image,
+    read_signal_columns,
     read_signals,
     read_successes,
+    signal_columns,
 )
 from declip_shards import DeclipError, Store, layout, read_samples, sidecars, writer
 from declip_shards.fakes import draw
-
-
-def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, kind, **options)
-    return sink.getvalue()
-
-
-def hamming(one: str, other: str) -> int:
-    return (int(one, 16) ^ int(other, 16)).bit_count()
 
 
 def test_every_success_has_one_row_in_order_of_keys(fake_root, store):
@@ -55,10 +46,16 @@ def test_signals_are_those_of_the_stored_picture(fake_root, store):
     sample = next(read_samples(store, "00000"))
     row = read_signals(store, "basic", "00000").to_pylist()[0]
     luma = np.asarray(Image.open(io.BytesIO(sample.image)).convert("L"), dtype=np.float64)
-    assert row["contrast"] == pytest.approx(luma.std() / 255, abs=1e-6)
+    # Ours is the file's own luma, Pillow's comes by way of colors that were rounded and clipped.
+    assert row["contrast"] == pytest.approx(luma.std() / 255, abs=1e-3)
+    assert row["image_sha256"] == hashlib.sha256(sample.image).hexdigest()
+    assert row["jpeg_quality"] == 90  # as declip_shards.fakes draws
+    assert row["bytes_per_pixel"] == pytest.approx(len(sample.image) / 32**2)
     assert row["num_bytes"] == len(sample.image)
     assert (row["width"], row["height"], row["aspect"]) == (32, 32, 1)
     assert row["caption_words"] == len(sample.caption.split())
+    assert (row["caption_language"], row["caption_dictionary_words"]) == ("en", 1)
+    assert row["caption_nouns"] is None
 
 
 def test_aspect_is_of_the_original_not_of_the_stored_picture(tmp_path):
@@ -72,34 +69,6 @@ def test_aspect_is_of_the_original_not_of_the_stored_picture(tmp_path):
     run_stage(MeasureImages(root=str(tmp_path)))
     measured = read_signals(store, "basic", "00000").to_pylist()[0]
     assert (measured["aspect"], measured["original_width"], measured["width"]) == (4, 400, 32)
-
-
-def test_flat_and_two_level_pictures():
-    flat = measure_image(encode(np.full((20, 30, 3), 120, np.uint8)))
-    assert (flat["contrast"], flat["entropy"]) == (0, 0)
-    halves = np.zeros((20, 20, 3), np.uint8)
-    halves[:, 10:] = 255
-    split = measure_image(encode(halves))
-    assert split["contrast"] == pytest.approx(0.5)
-    assert split["entropy"] == pytest.approx(1)
-
-
-def test_entropy_of_even_levels_is_eight_bits():
-    assert luma_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(8)
-
-
-def test_hash_survives_recompression_and_scaling_and_tells_pictures_apart():
-    rng = np.random.default_rng(3)
-    small = rng.integers(0, 256, (6, 6), dtype=np.uint8)
-    big = Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC)
-    other = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((96, 96))
-    sink = io.BytesIO()
-    big.save(sink, "JPEG", quality=60)
-    again = Image.open(sink).convert("L")
-    assert len(difference_hash(big)) == 16
-    assert hamming(difference_hash(big), difference_hash(again)) <= 4
-    assert hamming(difference_hash(big), difference_hash(big.resize((48, 48)))) <= 4
-    assert hamming(difference_hash(big), difference_hash(other)) >= 16
 
 
 def test_undecodable_picture_is_named(fake_root, store):
@@ -138,3 +107,91 @@ def test_no_shards_and_bad_names_are_refused(tmp_path):
         MeasureImages(root=str(tmp_path)).tasks()
     with pytest.raises(DeclipError, match=r"name is '../x'; it must be one folder name"):
         MeasureImages(name="../x")
+
+
+def test_captions_alone_decide_text_signals_and_pictures_the_others(fake_root, store):
+    run_stage(MeasureImages(root=fake_root))
+    table = read_signals(store, "basic", "00000").to_pylist()
+    for row, other in itertools.combinations(table[:20], 2):
+        same_text = row["caption_sha"] == other["caption_sha"]
+        texts = [{k: v for k, v in r.items() if k.startswith("caption_")} for r in (row, other)]
+        assert (texts[0] == texts[1]) == same_text
+
+
+def test_what_is_switched_off_is_empty_and_nothing_else_changes(fake_root, store):
+    run_stage(MeasureImages(root=fake_root))
+    run_stage(MeasureImages(root=fake_root, name="bare", detect_language=False, dictionary=()))
+    loaded = ["caption_language", "caption_language_confidence", "caption_dictionary_words"]
+    full, bare = (read_signals(store, name, "00000") for name in ("basic", "bare"))
+    assert [bare.column(c).null_count for c in loaded] == [bare.num_rows] * 3
+    assert full.drop_columns(loaded).equals(bare.drop_columns(loaded))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_size_of_a_batch_changes_nothing(fake_root, store, monkeypatch, size):
+    run_stage(MeasureImages(root=fake_root))
+    before = digests(fake_root, "signals")
+    monkeypatch.setattr(signals, "BATCH_SAMPLES", size)
+    run_stage(MeasureImages(root=fake_root))
+    assert digests(fake_root, "signals") == before
+
+
+def test_an_unknown_word_list_and_a_folder_without_nouns_are_refused(fake_root, tmp_path):
+    with pytest.raises(DeclipError, match=r"dictionary is 'eng', a language .*Did you mean 'en'"):
+        MeasureImages(dictionary=("eng",))
+    with pytest.raises(DeclipError, match=r"index.noun' cannot be read .*leave it unset"):
+        run_stage(MeasureImages(root=fake_root, wordnet=str(tmp_path)))
+
+
+@pytest.fixture
+def two_sets(fake_root, store):
+    """`basic` as measured, and a set `extra` with one column; gives the keys."""
+    run_stage(MeasureImages(root=fake_root))
+    keys = read_signals(store, "basic", "00000").column("key").to_pylist()
+    table = pa.table({"key": keys, "clip_score": np.arange(len(keys), dtype=np.float32)})
+    sidecars.write_table(store, layout.signals_path("extra", "00000"), table)
+    return keys
+
+
+def test_columns_of_several_sets_come_by_key_in_the_order_asked(two_sets, store):
+    table = read_signal_columns(
+        store, ["basic", "extra"], "00000", ["clip_score", "aspect", "clip_score"]
+    )
+    assert table.column_names == ["key", "clip_score", "aspect"]
+    assert table.column("key").to_pylist() == two_sets
+    assert table.column("clip_score").to_pylist() == list(range(len(two_sets)))
+    whole = read_signals(store, "basic", "00000")
+    assert table.column("aspect").equals(whole.column("aspect"))
+    owners = signal_columns(store, ["basic", "extra"], "00000")
+    assert owners == dict.fromkeys(SCHEMA.names[1:], "basic") | {"clip_score": "extra"}
+
+
+@pytest.mark.parametrize(
+    ("names", "column", "sentence"),
+    [
+        (["basic"], "caption_word", r"no signal 'caption_word'.*Did you mean 'caption_words'"),
+        (["basic"], "clip_score", r"no signal 'clip_score' in 'basic'.*ScorePairs"),
+        (["extra"], "aspect", r"no signal 'aspect' in 'extra'.*MeasureImages"),
+        (["basic"], "duplicate_bytes_of", r"FindDuplicates makes it"),
+        (["basic", "basik"], "aspect", r"signals 'basik' lack shard 00000.*Did you mean 'basic'"),
+        ([], "aspect", r"no signals are named"),
+    ],
+)
+def test_missing_columns_and_sets_are_named_with_the_remedy(
+    two_sets, store, names, column, sentence
+):
+    with pytest.raises(DeclipError, match=sentence):
+        read_signal_columns(store, names, "00000", [column])
+
+
+def test_sets_that_share_a_column_or_are_of_other_samples_are_refused(two_sets, store):
+    run_stage(MeasureImages(root=store.root, name="again"))
+    with pytest.raises(DeclipError, match=r"'basic' and 'again' of shard 00000 both have a column"):
+        signal_columns(store, ["basic", "again"], "00000")
+    short = pa.table({"key": two_sets[1:], "other": [0] * (len(two_sets) - 1)})
+    sidecars.write_table(store, layout.signals_path("short", "00000"), short)
+    with pytest.raises(DeclipError, match=r"'basic' and 'short' of shard 00000 are of other sampl"):
+        read_signal_columns(store, ["basic", "short"], "00000", ["aspect"])
+    store.write_bytes(layout.signals_path("short", "00000"), b"no parquet")
+    with pytest.raises(DeclipError, match=r"00000.parquet' is damaged .*rerun the stage"):
+        signal_columns(store, ["short"], "00000")

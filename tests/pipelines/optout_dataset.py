@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from declip_filter import BuildIndex, BuildNeighbors, EmbedPairs, FilterPairs, MeasureImages
+from declip_filter import (
+    BuildGraph,
+    BuildIndex,
+    BuildNeighbors,
+    EmbedPairs,
+    FilterPairs,
+    FindDuplicates,
+    MeasureImages,
+    PlanFilter,
+)
 from declip_shards import Sample, Store, TaskStats, layout, write_shard
 from declip_shards.fakes import COLORS, SHAPES, draw
 from declip_shards.optout import KEPT_COLUMNS, REASON, STATUS, load_optout
@@ -123,7 +132,14 @@ def make_pipeline(root: str, *, index_type: str = "IVF") -> Pipeline:
     steps = [
         Step(name="ingest", stage=DownloadShards(root=root)),
         Step(name="measure", stage=MeasureImages(root=root), reads=("ingest",)),
-        Step(name="filter", stage=FilterPairs(root=root), reads=("measure",)),
+        Step(name="duplicates", stage=FindDuplicates(root=root), reads=("measure",)),
+        Step(
+            name="plan",
+            stage=PlanFilter(root=root),
+            reads=("measure", "duplicates"),
+            settings_of="filter",
+        ),
+        Step(name="filter", stage=FilterPairs(root=root), reads=("measure", "duplicates", "plan")),
         Step(
             name="embed",
             stage=EmbedPairs(
@@ -140,12 +156,18 @@ def make_pipeline(root: str, *, index_type: str = "IVF") -> Pipeline:
             reads=("embed",),
         ),
         Step(
-            name="neighbors",
-            stage=BuildNeighbors(root=root, k=4, num_candidates=8),
+            name="graph",
+            stage=BuildGraph(root=root),
             reads=("embed", "index"),
+            settings_of="neighbors",
+        ),
+        Step(
+            name="neighbors",
+            stage=BuildNeighbors(root=root, method="graph", k=4, num_candidates=8),
+            reads=("embed", "index", "graph"),
         ),
     ]
-    return Pipeline(recipe="test", root=root, steps=steps)
+    return Pipeline(recipe="test", root=root, steps=steps).with_followers()
 
 
 def build(root: str, *, until: str | None = None, index_type: str = "IVF") -> Pipeline:
@@ -161,6 +183,7 @@ def files_of(root: str) -> dict[str, bytes]:
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(Path(root).rglob("*"))
         if path.is_file()
+        and path.parent.name != "times"
         and not path.name.endswith((".run.json", "_stats.json"))
         and not path.name.endswith("lock")
     }

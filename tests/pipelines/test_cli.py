@@ -67,7 +67,7 @@ def test_help_of_a_recipe_has_a_line_and_a_default_for_every_option(declip, comm
     assert recipes.describe(recipe) in out
     lines = out.partition(f"settings of {recipe} ")[2].splitlines()
     options = options_of(recipes.build(recipe, "runs"))
-    assert len(options) > 50
+    assert len(options) > (4 if recipe == "repack" else 50)
     for option in options:
         assert option.help.endswith("."), option.flag
         assert len(option.help) > 5, option.flag
@@ -172,7 +172,8 @@ def test_status_is_a_table_with_a_reason_for_every_stage(declip, tmp_path):
     assert status == 0
     rows = [line.split(maxsplit=5) for line in text.splitlines()[2:]]
     assert rows[0][:5] == ["stage", "state", "in", "out", "seconds"]
-    names = recipes.build("demo", "x").names()
+    idle = {"embed_all", "score", "cluster"}  # nothing asks for them
+    names = [name for name in recipes.build("demo", "x").names() if name not in idle]
     assert [row[0] for row in rows[1:]] == names
     assert {tuple(row[1:]) for row in rows[1:]} == {("new", "-", "-", "-", "never finished")}
     assert not out.exists()  # asking changes nothing

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from declip_filter.encoders import load_encoder
+from declip_filter import encoders
+from declip_filter.encoders import TokenEncoder, load_encoder
+from declip_filter.image_feed import picture_preparer
 from declip_shards import DeclipError
 from declip_shards.fakes import draw
 from declip_train.augment import eval_images
@@ -77,6 +79,33 @@ def test_pictures_are_unit_length_and_the_models_own(encoder, model, images):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
+def test_pictures_prepared_apart_give_the_same_bits(encoder, images):
+    assert picture_preparer(encoder) == encoder.prepare_image
+    prepared = np.stack([encoder.prepare_image(image) for image in images])
+    assert prepared.dtype == np.uint8
+    assert prepared.shape == (len(images), encoder.image_size, encoder.image_size, 3)
+    np.testing.assert_array_equal(encoder.encode_prepared(prepared), encoder.encode_image(images))
+
+
+def test_texts_tokenized_apart_are_those_of_the_tokenizer(encoder):
+    reader: TokenEncoder = encoder
+    assert reader.reads_tokens
+    tokens = encoder.tokenize(TEXTS)
+    padded = CaptionTokenizer()(TEXTS)
+    for ids, row in zip(tokens.ids, padded, strict=True):
+        assert list(ids) == row[: row.argmax() + 1].tolist()
+    mixed = encoder.encode_tokens(tokens.ids)
+    for number, ids in enumerate(tokens.ids):
+        np.testing.assert_allclose(encoder.encode_tokens([ids])[0], mixed[number], atol=1e-5)
+
+
+def test_texts_that_are_longer_than_the_tower_reads_are_told(encoder):
+    # 75 words of a token each fit between start and end.
+    tokens = encoder.tokenize(["a " * 75, "a " * 76, "a"])
+    assert tokens.is_cut == [False, True, False]
+    assert [len(ids) for ids in tokens.ids] == [77, 77, 3]
+
+
 def test_before_the_projection_is_what_the_projection_reads(encoder, model, images):
     features, pooled = encoder.encode_image_both(images)
     assert (pooled.dtype, pooled.shape) == (np.float32, (len(images), model.config.vision.width))
@@ -142,6 +171,13 @@ def test_the_dotted_path_loads_it_as_the_embedding_stage_does(root, encoder):
     np.testing.assert_array_equal(loaded.encode_text(TEXTS), encoder.encode_text(TEXTS))
 
 
+def test_its_name_is_known_to_a_process_that_registers_nothing(root, encoder, monkeypatch):
+    """Ray's workers are such processes."""
+    monkeypatch.setattr(encoders, "_FACTORIES", {})
+    loaded = load_encoder("checkpoint:train/export", root=str(root))
+    assert (loaded.name, loaded.digest) == (encoder.name, encoder.digest)
+
+
 def test_no_export_there_is_a_sentence(root, tmp_path):
     for folder in ("train/other", str(tmp_path)):
         with pytest.raises(
@@ -169,7 +205,13 @@ def test_untrained_global_embeddings_are_refused(tmp_path, images):
     encoder = export_tokens(tmp_path)
     assert not encoder.supports_text
     assert not encoder.supports_image
-    for call, given in ((encoder.encode_text, TEXTS), (encoder.encode_image, images)):
+    assert not encoder.reads_tokens
+    prepared = np.stack([encoder.prepare_image(images[0])])
+    for call, given in (
+        (encoder.encode_text, TEXTS),
+        (encoder.encode_image, images),
+        (encoder.encode_prepared, prepared),
+    ):
         with pytest.raises(DeclipError, match=r"method 'filip', which trains no global embeddings"):
             call(given)
 

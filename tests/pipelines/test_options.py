@@ -98,9 +98,7 @@ def test_a_step_with_anothers_settings_follows_it_and_has_no_options_of_its_own(
     assert not [o for o in options_of(pipeline) if o.step == "first"]
     changed = apply_overrides(pipeline, [("--numbers.count", "4")])
     assert settings_of(changed.step("first").stage, hashed_only=True)["count"] == 4
-    with pytest.raises(
-        DeclipError, match=r"has the settings of stage 'numbers': give --numbers\.co"
-    ):
+    with pytest.raises(DeclipError, match=r"has the settings of stage 'numbers': give --numbers"):
         apply_overrides(pipeline, [("--first.count", "4")])
     with pytest.raises(DeclipError, match=r"there is no --numbers\.cuont either"):
         apply_overrides(pipeline, [("--first.cuont", "4")])

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from declip_filter import FilterPairs
 from declip_filter.embeddings import read_parts, read_vectors
+from declip_filter.neighbor_graph import read_graph
+from declip_filter.neighbor_rows import read_table_rows
 from declip_filter.neighbors import load_index, read_neighbors
 from declip_shards import DeclipError, Store, layout, manifest, read_samples, rewrite, sidecars
 from declip_shards.manifest import canonical_json
 from declip_shards.optout import LIST, PENDING, REASON, load_optout, make_optout
 from declip_shards.validation import check_shard
+from pipelines import recipes
 from pipelines.lock import workspace_lock
-from pipelines.optout import finish_pending, opt_out, plan_only, report_path
+from pipelines.options import apply_overrides
+from pipelines.optout import SIZES, finish_pending, opt_out, plan_only, report_path
 from pipelines.optout_list import Entry
 from pipelines.pipeline import Step
 from pipelines.runner import run_pipeline
@@ -41,7 +44,17 @@ LISTED: list[Entry] = [
     ("key", "0000205"),  # held out
 ]
 GONE = {"0000007", "0000008", "0000011", "0000102", "0000205"}
-STEPS = ("ingest", "measure", "filter", "embed", "index", "neighbors")
+STEPS = (
+    "ingest",
+    "measure",
+    "duplicates",
+    "plan",
+    "filter",
+    "embed",
+    "index",
+    "graph",
+    "neighbors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +93,16 @@ def keys_of(root: str) -> set[str]:
 
 
 def test_it_is_as_if_ingest_had_known_the_list(opted_out, tmp_path):
-    """Shards, signals, selection, embeddings, their receipts and manifests: byte for byte."""
+    """Shards, signals, selection, embeddings: byte for byte; of ingest and of what was measured
+    also receipts and manifests. What was counted over all samples (plan, duplicates) stays."""
     fresh = str(tmp_path / "fresh")
     Store(fresh).write_bytes(LIST, Path(opted_out, LIST).read_bytes())
     build(fresh, until="embed")
     ours, theirs = files_of(opted_out), files_of(fresh)
-    folders = ("shards", "signals", "selection", "embeddings")
-    steps = tuple(f"manifests/{step}" for step in STEPS[:4])
+    folders = ("shards", "signals/basic", "selection/default/0", "embeddings")
+    steps = tuple(f"manifests/{step}" for step in STEPS[:2])
     compared = [p for p in {*ours, *theirs} if p.startswith((*folders, *steps))]
-    assert len(compared) > 30
+    assert len(compared) > 25
     assert [p for p in sorted(compared) if ours.get(p) != theirs.get(p)] == []
 
 
@@ -311,7 +325,7 @@ def test_a_shard_that_loses_all_its_samples_has_no_vectors_left(root):
     opt_out(Store(root), [("url", row["url"]) for row in ROWS[:30]])
     store = Store(root)
     assert not store.exists("embeddings/text/text_emb/text_emb_0.npy")
-    assert [s.state for s in pipeline_states(make_pipeline(root))] == ["done"] * 6
+    assert [s.state for s in pipeline_states(make_pipeline(root))] == ["done"] * len(STEPS)
     assert check_shard(store, "00000") == []
 
 
@@ -327,11 +341,13 @@ def test_what_matches_nothing_changes_the_list_alone(root):
 
 def test_a_step_that_was_out_of_date_stays_so(root):
     step = make_pipeline(root).step("filter")
-    other = dataclasses.replace(step, stage=FilterPairs(root=root, min_words=3))
+    stage: Any = dataclasses.replace(step.stage, min_words=3)  # type: ignore[type-var]
+    other = dataclasses.replace(step, stage=stage)
     opt_out(Store(root), LISTED)
     steps = [other if s.name == "filter" else s for s in make_pipeline(root).steps]
     states = pipeline_states(dataclasses.replace(make_pipeline(root), steps=steps))
-    assert states[2].why == "filter.min-words changed from 2 to 3"
+    (why,) = [state.why for state in states if state.step == "filter"]
+    assert why == "filter.min-words changed from 2 to 3"
 
 
 # Trainings ---------------------------------------------------------------------------------------
@@ -396,7 +412,7 @@ def test_a_training_is_stale_only_if_it_had_seen_a_sample(root, entries, state, 
     assert set(seen) <= set(run["keys"])
     assert bool(run["keys"]) == bool(seen)
     assert bool(run["neighbor_keys"]) == near
-    assert [s.state for s in pipeline_states(pipeline)] == ["done"] * 6 + [state]
+    assert [s.state for s in pipeline_states(pipeline)] == ["done"] * len(STEPS) + [state]
 
 
 # Kills -------------------------------------------------------------------------------------------
@@ -543,3 +559,41 @@ def test_a_plan_of_a_newer_version_is_refused(root):
     store.write_bytes(PENDING, canonical_json(value))
     with pytest.raises(DeclipError, match="is of a newer version; upgrade opendeclip"):
         opt_out(store, LISTED)
+
+
+# What is made of samples together ----------------------------------------------------------------
+
+
+def test_the_graph_is_of_the_samples_that_are_left(opted_out):
+    store = Store(opted_out)
+    stage: Any = make_pipeline(opted_out).step("neighbors").stage
+    table, _ = read_table_rows(stage, store)
+    ids, _ = read_graph(stage, store, table)  # which refuses one of other rows
+    assert len(ids) == table.num_rows
+    assert ids.max() < table.num_rows
+    own = np.arange(len(ids))[:, None]
+    assert not (ids == own).any()
+    behind = np.diff((ids < 0).astype(int), axis=1)
+    assert (behind >= 0).all()  # nothing comes behind an end
+
+
+def test_what_was_repacked_loses_the_samples_too(root):
+    pipeline = apply_overrides(recipes.build("repack", root), [("--repack.shard-size", "20")])
+    run_pipeline(pipeline, pipeline.choose(), runner="local")
+    copy = Store(f"{root}/repacked/selected")
+    before = json.loads(copy.read_bytes(SIZES))
+    outcome = opt_out(Store(root), LISTED)
+    gone = set(outcome.report["removed"]["keys"])
+    assert outcome.repacked == (f"repacked/selected/{outcome.path}",)
+    assert outcome.report["search"]["hits"] == []
+    after = json.loads(copy.read_bytes(SIZES))
+    keys = [s.key for shard in layout.list_shards(copy) for s in read_samples(copy, shard)]
+    assert not gone & set(keys)
+    assert sum(after.values()) == len(keys) < sum(before.values())
+    assert not opt_out(Store(root), LISTED).is_changed
+
+
+def test_a_repack_that_was_not_finished_goes_as_a_whole(root):
+    Store(root).write_bytes("repacked/half/shards/00000.tar", b"x")
+    opt_out(Store(root), LISTED)
+    assert not Store(root).exists("repacked/half/shards/00000.tar")

@@ -120,7 +120,7 @@ def make_neighbors(store):
         found = [keys[n + 1 : n + 5] for n in range(len(keys))]
         scores = [[0.9 - n / 1000 - m / 10 for m in range(len(f))] for n, f in enumerate(found)]
         columns = {"key": keys, "neighbor_keys": found, "scores": scores}
-        columns["index_sha256"] = ["0" * 64] * len(keys)
+        columns |= {name: ["0" * 64] * len(keys) for name in ("index_sha256", "table_sha256")}
         files.append(layout.neighbors_path("captions", shard))
         sidecars.write_table(store, files[-1], pa.table(columns, schema=neighbor_table.SCHEMA))
         num_rows += len(keys)
@@ -500,7 +500,9 @@ def test_a_missing_evaluation_is_one_sentence(run):
 def test_neighbors_of_other_samples_are_refused(run):
     path = layout.neighbors_path("captions", "00001")
     table = sidecars.read_table(Store(str(run)), path)
-    sidecars.write_table(Store(str(run)), path, table.slice(1))
+    rows = table.to_pylist()
+    rows[0]["key"] = "somebody else"
+    sidecars.write_table(Store(str(run)), path, pa.Table.from_pylist(rows, schema=table.schema))
     with pytest.raises(DeclipError, match="of other samples than are selected now"):
         write(run)
 

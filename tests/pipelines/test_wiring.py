@@ -27,7 +27,7 @@ def built(tmp_path, *overrides, recipe=RECIPE):
 
 def test_with_a_bank_nothing_is_embedded(tmp_path, table):
     pipeline = built(tmp_path, table)
-    assert pipeline.names() == ["ingest", "measure", "filter", "train"]
+    assert pipeline.names() == ["ingest", "measure", "plan", "filter", "train"]
     assert set(pipeline.step("train").reads) == {"ingest", "filter"}
 
 

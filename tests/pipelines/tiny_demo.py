@@ -30,6 +30,10 @@ TINY: dict[str, object] = {
     "ingest.retries": 0,
     "filter.min-side-pixels": 16,
     "embed.batch-size": 32,
+    # As a large dataset has them: lists that are trained and filled, and a graph.
+    "index.index-type": "IVF",
+    "index.nlist": 4,
+    "neighbors.method": "graph",
     "neighbors.k": 3,
     "train.model": "test",
     "train.global-batch-size": 16,

@@ -1,210 +1,75 @@
-"""Embeddings of the selected pairs, in clip-retrieval's layout.
+"""Embed the selected pairs: a shard is streamed through an encoder and stored, task by task.
 
-    embeddings/NAME/text_emb/text_emb_P.npy     float16 (rows, dim), unit length
-    embeddings/NAME/img_emb/img_emb_P.npy       the same rows of the pictures
-    embeddings/NAME/metadata/metadata_P.parquet image_path (= key), caption, key, shard
-    embeddings/NAME/parts/NNNNN.json            which encoder wrote the shard's part: ours
-
-``P`` is the shard's number in as many digits as clip-retrieval writes. Its readers pair the
-files of the folders by sorted name and skip empty arrays but not empty tables, so a shard
-without a selected pair has no file in the three folders (clip-retrieval writes none either);
-``parts`` knows of it all the same, and lies where no such reader looks.
+A thread reads the tar, others decode its pictures or cut captions into tokens, and the encoder
+takes batch after batch (image_feed.py, text_batches.py); the files are those of
+embedding_files.py. Neither the number of threads nor their speed changes a stored byte.
 """
 
 import io
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from declip_filter.encoders import Encoder, check_encoder_name, load_encoder
+from declip_filter.embedding_files import (
+    FORMAT_VERSION,
+    KINDS,
+    METADATA_SCHEMA,
+    NOT_FINITE,
+    UNIT_TOLERANCE,
+    Half,
+    Part,
+    check_vectors,
+    part_path,
+    partition_name,
+    read_metadata,
+    read_part,
+    read_parts,
+    read_vectors,
+    times_path,
+)
+from declip_filter.encoder_clock import EncoderClock
+from declip_filter.encoders import (
+    Encoder,
+    Features,
+    Precision,
+    check_device_name,
+    check_encoder_name,
+    check_precision,
+    load_encoder,
+    model_precision,
+)
+from declip_filter.image_feed import ImageFeed, embed_images, picture_preparer
 from declip_filter.limits import require_between, require_folder_name
 from declip_filter.selection import require_selection, selected_keys
 from declip_filter.signals import read_successes, shard_tasks
-from declip_shards import DeclipError, Store, TaskStats, layout, read_samples, sidecars
+from declip_filter.text_batches import embed_texts
+from declip_shards import DeclipError, Store, TaskStats, layout, sidecars
 from declip_shards.manifest import canonical_json
 
-Half = npt.NDArray[np.float16]
-"""(rows, dim), unit length."""
-
-KINDS = ("text_emb", "img_emb")
-UNIT_TOLERANCE = 5e-3
-"""How far a vector's length may be from 1: float16 keeps three digits and a bit."""
-FORMAT_VERSION = 1
-"""Of the files in ``parts``; a reader refuses a higher one."""
-
-METADATA_SCHEMA = pa.schema(
-    [
-        ("image_path", pa.string()),
-        ("caption", pa.string()),
-        ("key", pa.string()),
-        ("shard", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one shard's embeddings are."""
-
-    shard: str
-    partition: str
-    """The number in the file names."""
-    num_rows: int
-    dim: int
-    kinds: tuple[str, ...]
-    """``text_emb``, ``img_emb`` or both."""
-    encoder: str
-    encoder_digest: str
-    selection: str
-    format_version: int = FORMAT_VERSION
-
-
-def partition_name(shard: str, shards: Sequence[str]) -> str:
-    """clip-retrieval's partition number: zero-padded to ``int(log10(count)) + 1`` digits.
-
-    The count is of all shard numbers up to the last one, so that gaps change nothing.
-    """
-    count = max(int(name) for name in shards) + 1
-    return str(int(shard)).zfill(int(math.log10(count)) + 1)
-
-
-def part_path(name: str, shard: str) -> str:
-    return f"embeddings/{name}/parts/{shard}.json"
-
-
-def read_part(store: Store, name: str, shard: str) -> Part:
-    """What is known of a shard's embeddings.
-
-    Raises:
-        DeclipError: the shard has none yet, or they are of a newer format.
-    """
-    path = part_path(name, shard)
-    if not store.exists(path):
-        raise DeclipError(
-            f"embeddings {name!r} lack shard {shard}: {path!r} is missing; rerun the stage that "
-            "embeds."
-        )
-    try:
-        value = json.loads(store.read_bytes(path))
-        if value["format_version"] <= FORMAT_VERSION:
-            return Part(**(value | {"kinds": tuple(value["kinds"])}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeclipError(
-            f"{path!r} is damaged ({error}); delete it and rerun the stage that embeds."
-        ) from error
-    raise DeclipError(
-        f"{path!r} is of format {value['format_version']}, this version reads up to "
-        f"{FORMAT_VERSION}; upgrade opendeclip."
-    )
-
-
-def check_vectors(vectors: npt.NDArray[Any], dim: int, keys: Sequence[str], source: str) -> None:
-    """Refuse vectors of another shape, with NaN or infinity, or not of unit length.
-
-    Args:
-        vectors: (rows, dim) of any float type.
-        keys: sample key of each row, for the message.
-        source: who made them, for the message.
-
-    Raises:
-        DeclipError: names the first bad row.
-    """
-    if vectors.shape != (len(keys), dim):
-        raise DeclipError(
-            f"{source} gave an array of shape {tuple(vectors.shape)} where ({len(keys)}, {dim}) "
-            "is due; it is of another model or shard: rerun the stage that embeds."
-        )
-    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
-    bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))
-    if bad.size:
-        what = "not finite" if not np.isfinite(norms[bad[0]]) else f"of length {norms[bad[0]]:.4g}"
-        raise DeclipError(
-            f"{source}: the vector of sample {keys[bad[0]]!r} is {what}, where length 1 is due; "
-            "the encoder or the file is broken: mend the encoder or rerun the stage that embeds."
-        )
-
-
-def read_vectors(store: Store, name: str, kind: str, part: Part) -> tuple[Half, list[str]]:
-    """A shard's vectors and keys, row by row the same samples.
-
-    Returns:
-        float16 (rows, dim), unit length, and the keys.
-
-    Raises:
-        DeclipError: the part has no such kind, a file is missing, cut or of another shape, or a
-            vector is not finite.
-    """
-    if kind not in part.kinds:
-        raise DeclipError(
-            f"embeddings {name!r} hold {', '.join(part.kinds)}, not {kind!r}; choose one of "
-            "those, or embed again with it switched on."
-        )
-    if part.num_rows == 0:
-        return np.empty((0, part.dim), dtype=np.float16), []
-    keys = [str(row["key"]) for row in read_metadata(store, name, part)]
-    path = layout.embedding_path(name, kind, part.partition)
-    try:
-        vectors = np.load(io.BytesIO(store.read_bytes(path)), allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DeclipError(f"{path!r} is missing; rerun the stage that embeds.") from error
-    except (ValueError, EOFError) as error:
-        raise DeclipError(
-            f"{path!r} is damaged ({error}); delete it and rerun the stage that embeds."
-        ) from error
-    check_vectors(vectors, part.dim, keys, repr(path))
-    return vectors.astype(np.float16, copy=False), keys
-
-
-def read_metadata(store: Store, name: str, part: Part) -> list[dict[str, Any]]:
-    """``image_path``, ``caption``, ``key`` and ``shard`` of each row of a shard's embeddings.
-
-    Raises:
-        DeclipError: the table is missing, damaged or of another length than the vectors.
-    """
-    if part.num_rows == 0:
-        return []
-    path = layout.embedding_path(name, "metadata", part.partition)
-    rows = sidecars.read_rows(store, path, METADATA_SCHEMA.names)
-    if len(rows) != part.num_rows:
-        raise DeclipError(
-            f"{path!r} has {len(rows)} rows, the vectors have {part.num_rows}; rerun the stage "
-            "that embeds."
-        )
-    return rows
-
-
-def read_parts(store: Store, name: str, shards: Sequence[str]) -> list[Part]:
-    """The parts of all ``shards``, checked to be by one encoder.
-
-    Raises:
-        DeclipError: a part is missing, there is one of a shard that is not in the dataset, or
-            two are by different encoders.
-    """
-    parts = [read_part(store, name, shard) for shard in shards]
-    stray = sorted(
-        {n.removesuffix(".json") for n in store.list(f"embeddings/{name}/parts", ".json")}
-        - set(shards)
-    )
-    if stray:
-        raise DeclipError(
-            f"embeddings {name!r} are of another dataset: they have shard {stray[0]}, which is "
-            "not under 'shards'; delete them and rerun the stage that embeds."
-        )
-    for part in parts:
-        first = parts[0]
-        if (part.encoder_digest, part.dim) != (first.encoder_digest, first.dim):
-            raise DeclipError(
-                f"embeddings {name!r} mix encoders: shard {first.shard} is by {first.encoder!r} "
-                f"(dim {first.dim}), shard {part.shard} by {part.encoder!r} (dim {part.dim}) with "
-                "other weights; delete them and rerun the stage that embeds."
-            )
-    return parts
+__all__ = [
+    "FORMAT_VERSION",
+    "KINDS",
+    "METADATA_SCHEMA",
+    "NOT_FINITE",
+    "UNIT_TOLERANCE",
+    "EmbedPairs",
+    "Half",
+    "Part",
+    "check_vectors",
+    "embed_shard",
+    "part_path",
+    "partition_name",
+    "read_metadata",
+    "read_part",
+    "read_parts",
+    "read_vectors",
+    "times_path",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +90,44 @@ class EmbedPairs:
     """Embed the captions."""
     images: bool = False
     """Embed the pictures."""
-    batch_size: int = 64
-    """Captions or pictures that go through the encoder at once."""
+    batch_size: int | None = None
+    """Pictures (captions, where it counts no tokens) encoded at once; unset: 64, 256 on a GPU."""
+    batch_tokens: int | None = None
+    """Tokens of captions encoded at once, with padding; unset: 512, and 16384 on a GPU."""
     device: str = "cpu"
     """Device of the encoder: cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """Numbers that the model multiplies; auto: float16 on a GPU, float32 on the CPU."""
+    decode_threads: int | None = field(default=None, metadata={"fingerprint": False})
+    """Threads that decode pictures ahead of the encoder; unset: 1, and 4 for a GPU."""
 
-    num_cpus: ClassVar[float] = 1
+    @property
+    def num_threads(self) -> int:
+        """``decode_threads``, or what stands for it where it is unset."""
+        return self.decode_threads or (4 if self.num_gpus else 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """``batch_size``, or what stands for it where it is unset."""
+        return self.batch_size or (256 if self.num_gpus else 64)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """``batch_tokens``, or what stands for it where it is unset.
+
+        A core is fastest where the activations stay in its cache, a GPU where they fill it.
+        """
+        return self.batch_tokens or (16384 if self.num_gpus else 512)
+
+    @property
+    def num_cpus(self) -> float:
+        """As many as threads decode: the encoder has little to do while they are busy, and the
+        other way around."""
+        return self.num_threads
 
     @property
     def num_gpus(self) -> float:
+        """One for each task: as many tasks run at once as there are GPUs."""
         return 1 if self.device.startswith("cuda") else 0
 
     def __post_init__(self) -> None:
@@ -241,6 +135,10 @@ class EmbedPairs:
         if self.selection:
             require_folder_name("selection", self.selection)
         require_between("batch_size", self.batch_size, 1)
+        require_between("batch_tokens", self.batch_tokens, 1)
+        require_between("decode_threads", self.decode_threads, 1)
+        check_device_name(self.device)
+        check_precision(self.precision, self.device)
         check_encoder_name(self.encoder, self.encoder_factory)
         if not (self.texts or self.images):
             raise DeclipError("texts and images are both false: nothing to embed; set one to true.")
@@ -278,36 +176,22 @@ class EmbedPairs:
 def embed_shard(
     settings: EmbedPairs, store: Store, encoder: Encoder, shard: str, partition: str
 ) -> TaskStats:
-    """Embed one shard's selected pairs and write its part, ``parts/NNNNN.json`` last."""
+    """Embed one shard's selected pairs and write its part, ``parts/NNNNN.json`` last.
+
+    Raises:
+        DeclipError: the selection is of other samples, the tar is damaged or lacks a picture, or
+            no vector of the encoder is of use.
+    """
+    clock, name = EncoderClock(), settings.name
     successes = read_successes(store, shard, ["key", "caption"])
-    keep = set(selected_keys(store, settings.selection, shard))
-    rows = [row for row in successes if row["key"] in keep]
-    if len(rows) != len(keep):
-        raise DeclipError(
-            f"selection {settings.selection!r} of shard {shard} keeps samples that the shard does "
-            "not hold; rerun the filter."
-        )
-    keys = [str(row["key"]) for row in rows]
-    captions = ["" if row["caption"] is None else str(row["caption"]) for row in rows]
-    name, files, vectors = settings.name, [], {}
-    if settings.texts:
-        vectors["text_emb"] = embed_texts(encoder, captions, settings.batch_size)
-    if settings.images:
-        vectors["img_emb"] = embed_images(encoder, store, shard, keys, settings.batch_size)
-    for kind, array in vectors.items():
+    rows = _selected_rows(store, settings.selection, shard, successes)
+    found, num_cut = _encode_rows(settings, store, encoder, shard, rows, clock)
+    is_good = _usable(encoder, shard, len(rows), found)
+    rows = rows.filter(pa.array(is_good))
+    keys = rows.column("key").to_pylist()
+    vectors = {kind: array[is_good].astype(np.float16) for kind, array in found.items()}
+    for array in vectors.values():
         check_vectors(array, encoder.dim, keys, f"encoder {encoder.name!r}")
-        if keys:
-            sink = io.BytesIO()
-            np.save(sink, array)
-            files.append(layout.embedding_path(name, kind, partition))
-            store.write_bytes(files[-1], sink.getbuffer())
-    if keys:
-        table = pa.table(
-            {"image_path": keys, "caption": captions, "key": keys, "shard": [shard] * len(keys)},
-            schema=METADATA_SCHEMA,
-        )
-        files.append(layout.embedding_path(name, "metadata", partition))
-        sidecars.write_table(store, files[-1], table)
     part = Part(
         shard=shard,
         partition=partition,
@@ -317,49 +201,129 @@ def embed_shard(
         encoder=encoder.name,
         encoder_digest=encoder.digest,
         selection=settings.selection,
+        num_not_finite=int((~is_good).sum()),
     )
+    files = _write_rows(store, name, part, rows, vectors)
+    figures = clock.figures(len(keys)) | {"texts_cut": num_cut}
+    store.write_bytes(times_path(name, shard), canonical_json(figures))
     files.append(part_path(name, shard))
     store.write_bytes(files[-1], canonical_json(asdict(part)))
-    dropped = len(successes) - len(keys)
-    reasons = {"not_selected": dropped} if dropped else {}
-    return TaskStats(num_in=len(successes), num_out=len(keys), reasons=reasons, files=files)
+    _tell(name, shard, figures)
+    num_in = len(successes)
+    reasons = {
+        "not_selected": num_in - part.num_rows - part.num_not_finite,
+        NOT_FINITE: part.num_not_finite,
+    }
+    return TaskStats(
+        num_in=num_in,
+        num_out=part.num_rows,
+        reasons={reason: count for reason, count in reasons.items() if count},
+        files=files,
+        volatile_files=[times_path(name, shard)],
+    )
 
 
-def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int) -> Half:
-    """float16 (len(texts), encoder.dim), unit length.
+def _selected_rows(
+    store: Store, selection: str, shard: str, successes: Sequence[Mapping[str, Any]]
+) -> pa.Table:
+    """The metadata of a shard's selected pairs, ordered by key."""
+    keep = set(selected_keys(store, selection, shard))
+    rows = [row for row in successes if row["key"] in keep]
+    if len(rows) != len(keep):
+        raise DeclipError(
+            f"selection {selection!r} of shard {shard} keeps samples that the shard does "
+            "not hold; rerun the filter."
+        )
+    keys = [str(row["key"]) for row in rows]
+    captions = ["" if row["caption"] is None else str(row["caption"]) for row in rows]
+    columns = {"image_path": keys, "caption": captions, "key": keys, "shard": [shard] * len(keys)}
+    return pa.table(columns, schema=METADATA_SCHEMA)
 
-    Equal texts are encoded once and get equal vectors. Batches are of like length, so little
-    padding is computed; their make-up depends on the set of texts alone, not on its order.
+
+def _encode_rows(
+    settings: EmbedPairs,
+    store: Store,
+    encoder: Encoder,
+    shard: str,
+    rows: pa.Table,
+    clock: EncoderClock,
+) -> tuple[dict[str, Features], int]:
+    """Vectors by kind as the encoder gave them, and how many texts it had to cut.
+
+    Pictures are already read and decoded while the texts are encoded.
     """
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))
-    row_of = {text: row for row, text in enumerate(distinct)}
-    chunks = [
-        encoder.encode_text(distinct[start : start + batch_size]).astype(np.float16)
-        for start in range(0, len(distinct), batch_size)
-    ]
-    vectors = _stacked(chunks, encoder.dim)
-    return vectors[[row_of[text] for text in texts]] if len(texts) else vectors
+    found: dict[str, Features] = {}
+    num_cut, keys = 0, rows.column("key").to_pylist()
+    feed = ImageFeed(
+        store,
+        shard,
+        keys if settings.images else (),
+        batch_size=settings.rows_at_once,
+        prepare=picture_preparer(encoder),
+        num_threads=settings.num_threads,
+    )
+    with feed, model_precision(settings.precision, settings.device):
+        if settings.texts:
+            texts = embed_texts(
+                encoder,
+                rows.column("caption").to_pylist(),
+                batch_size=settings.rows_at_once,
+                batch_tokens=settings.tokens_at_once,
+                clock=clock,
+            )
+            found["text_emb"], num_cut = texts.vectors, texts.num_cut
+        if settings.images:
+            found["img_emb"] = embed_images(encoder, feed, shard, keys, clock)
+    return found, num_cut
 
 
-def embed_images(
-    encoder: Encoder, store: Store, shard: str, keys: Sequence[str], batch_size: int
-) -> Half:
-    """float16 (len(keys), encoder.dim), unit length, of the pictures of ``keys`` (ascending)."""
+def _usable(
+    encoder: Encoder, shard: str, num_rows: int, found: Mapping[str, Features]
+) -> npt.NDArray[np.bool_]:
+    """Which rows have finite vectors that are not zero, in every kind: (num_rows,).
 
-    def batches() -> Iterator[list[bytes]]:
-        wanted, batch = set(keys), []
-        for sample in read_samples(store, shard):
-            if sample.key in wanted:
-                batch.append(sample.image)
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    Raises:
+        DeclipError: there are rows, and none has.
+    """
+    is_good = np.ones(num_rows, dtype=np.bool_)
+    for array in found.values():
+        norms = np.linalg.norm(array, axis=1)
+        is_good &= np.isfinite(norms) & (norms > 0)
+    if num_rows and not is_good.any():
+        raise DeclipError(
+            f"shard {shard}: encoder {encoder.name!r} gave no finite vector other than zero for "
+            f"any of {num_rows} samples; the encoder or its weights are broken: mend or replace "
+            "them, or set precision to float32 if it runs in less."
+        )
+    return is_good
 
-    chunks = [encoder.encode_image(batch).astype(np.float16) for batch in batches()]
-    return _stacked(chunks, encoder.dim)
+
+def _write_rows(
+    store: Store, name: str, part: Part, rows: pa.Table, vectors: Mapping[str, Half]
+) -> list[str]:
+    """Write vectors and metadata, of an empty part nothing; returns the paths."""
+    files: list[str] = []
+    if not part.num_rows:
+        return files
+    for kind, array in vectors.items():
+        sink = io.BytesIO()
+        np.save(sink, array)
+        files.append(layout.embedding_path(name, kind, part.partition))
+        store.write_bytes(files[-1], sink.getbuffer())
+    files.append(layout.embedding_path(name, "metadata", part.partition))
+    sidecars.write_table(store, files[-1], rows.combine_chunks())
+    return files
 
 
-def _stacked(chunks: Sequence[Half], dim: int) -> Half:
-    return np.concatenate([np.empty((0, dim), dtype=np.float16), *chunks])
+def _tell(name: str, shard: str, figures: Mapping[str, Any]) -> None:
+    """One line a task: how fast it was, and whether the encoder or what feeds it is the limit."""
+    if not figures["rows"]:
+        return
+    cut = f", {figures['texts_cut']} texts cut" if figures["texts_cut"] else ""
+    print(
+        f"  embed {name} {shard}: {figures['rows']} rows in {figures['seconds']:.1f} s "
+        f"({figures['rows_per_second']:.0f} rows/s), the encoder waited "
+        f"{figures['waiting_share']:.0%} of the time{cut}",
+        file=sys.stderr,
+        flush=True,
+    )

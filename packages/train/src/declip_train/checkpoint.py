@@ -52,6 +52,12 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """Steps behind the checkpoint in a folder of this name; None for any other name."""
+    found = _TAG.fullmatch(folder.name)
+    return int(found.group(1)) if found else None
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file."""
     digest = hashlib.sha256()
@@ -107,9 +113,16 @@ class Checkpoints:
     ) -> None:
         self.folder, self.run, self.keep, self.say = folder, dict(run), keep, say
         self.rank = dist.get_rank()
+        self.restored: dict[str, Any] = {}
+        """What was saved with the checkpoint that :meth:`restore` loaded."""
 
-    def save(self, engine: _Engine, step: int) -> None:
+    def save(self, engine: _Engine, step: int, more: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint after ``step`` steps; every process calls this at the same step.
+
+        Args:
+            engine: DeepSpeed's.
+            step: steps done.
+            more: further state of the loop, plain JSON values; ``restored`` after :meth:`restore`.
 
         Raises:
             DeclipError: some process could not write; the checkpoints before stay as they were.
@@ -125,6 +138,7 @@ class Checkpoints:
         try:
             engine.save_checkpoint(str(self.folder), tag_of(step), {}, save_latest=False)
             state = {"step": step, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
+            state |= {"loop": dict(more)} if more else {}
             atomic_write(folder / f"rank_{self.rank:05d}.json", canonical_json(state))
             records = [_flush(path) for path in self._own_files(folder)]
         except OSError as error:
@@ -198,6 +212,7 @@ class Checkpoints:
             )
         folder = self.folder / tag_of(step)
         state = json.loads((folder / f"rank_{self.rank:05d}.json").read_bytes())
+        self.restored = state.get("loop", {})
         raw = bytearray.fromhex(state["torch_rng"])
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
         if self.rank == 0:

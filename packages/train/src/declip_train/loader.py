@@ -8,6 +8,7 @@ its data is the step and nothing else, and resuming is starting at another step.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import queue
 import threading
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from declip_shards import DeclipError
 from declip_train.augment import decode_image, normalize_into, random_view
+from declip_train.epoch_tables import EpochTables
 from declip_train.hf_clip import build_tokenizer
-from declip_train.samples import TrainingSamples
+from declip_train.samples import TrainingSamples, uses_stored
 from declip_train.settings import TrainSettings
 from declip_train.text_views import TextView
 from declip_train.tokenizer import Tokenizer, mask_tokens
@@ -158,6 +160,7 @@ class BatchLoader:
         rank: this process, from 0.
         world_size: processes that share a global batch; must divide it.
         tokenizer: of the text tower; None: the one that the settings ask for.
+        tables: says which neighbor table an epoch reads; None: always that of ``samples``.
 
     Raises:
         DeclipError: the batch cannot be shared, or stored neighbor features are asked for and the
@@ -171,19 +174,19 @@ class BatchLoader:
         rank: int,
         world_size: int,
         tokenizer: Tokenizer | None = None,
+        tables: EpochTables | None = None,
     ) -> None:
         if settings.global_batch_size % world_size:
             raise DeclipError(
                 f"global_batch_size {settings.global_batch_size} cannot be shared evenly by "
                 f"{world_size} processes; choose a multiple."
             )
-        uses_stored = settings.uses_index and settings.neighbor_feature == "stored"
-        if uses_stored and samples.stored is None:
+        if uses_stored(settings) and samples.stored is None:
             raise DeclipError(
                 "neighbor_feature is 'stored', but the samples were listed without stored "
                 "features; list them with `training_samples`."
             )
-        self.samples, self.settings = samples, settings
+        self.samples, self.settings, self.tables = samples, settings, tables
         self.steps_per_epoch = len(samples) // settings.global_batch_size
         self.num_steps = settings.num_steps(len(samples))
         self.local_batch_size = settings.global_batch_size // world_size
@@ -316,7 +319,8 @@ class BatchLoader:
 
     def _neighbors(self, indices: Sequence[int], epoch: int) -> dict[str, Tensor]:
         """One neighbor of each sample: its caption or stored feature, and which caption it is."""
-        samples, settings = self.samples, self.settings
+        settings = self.settings
+        samples = self._samples_of(epoch)
         places = [self._neighbor_place(index, epoch) for index in indices]
         starts = samples.neighbor_starts[indices]
         has = np.array([place is not None for place in places])
@@ -339,9 +343,13 @@ class BatchLoader:
         ]
         return found | {"neighbor_token_ids": self._tokens(captions)}
 
+    def _samples_of(self, epoch: int) -> TrainingSamples:
+        """The samples with the neighbors that an epoch reads."""
+        return self.samples if self.tables is None else self.tables.samples_of(epoch)
+
     def _neighbor_place(self, index: int, epoch: int) -> int | None:
         """Which of its neighbors a sample gets in an epoch; None where it has none."""
-        settings, number = self.settings, len(self.samples.neighbor_captions[index])
+        settings, number = self.settings, len(self._samples_of(epoch).neighbor_captions[index])
         if not number:
             return None
         if settings.neighbor_choice == "rank":
@@ -349,11 +357,27 @@ class BatchLoader:
         (generator,) = self._generators([index], epoch, "neighbor")
         return int(generator.integers(min(settings.neighbor_top_k or number, number)))
 
+    def _wait_for_table(self, step: int, stop: threading.Event) -> bool:
+        """Wait until it is settled which neighbor table a step reads; False where all stops."""
+        return self.tables is None or self.tables.wait(step // self.steps_per_epoch, stop)
+
+    def _decide_ahead(self, step: int) -> None:
+        """Settle the tables of all batches that the thread may prepare while ``step`` is trained.
+
+        Which steps this does something at is the same on every process.
+        """
+        if self.tables is None:
+            return
+        ahead = min(step + self.settings.prefetch_batches + 2, self.num_steps - 1)
+        for epoch in range(self.tables.last_decided + 1, ahead // self.steps_per_epoch + 1):
+            self.tables.decide(epoch)
+
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from ``start_step`` to the end of the run, prepared ahead in a thread.
 
         Where there is a GPU, they lie in memory that it copies from by itself. The time that
-        the caller waits for one adds up in ``wait_seconds``.
+        the caller waits for one adds up in ``wait_seconds``. With tables that may be refreshed,
+        asking for a batch is a collective operation, and ``tables.start`` comes before the first.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(
             self.settings.prefetch_batches
@@ -372,7 +396,7 @@ class BatchLoader:
         def work() -> None:
             try:
                 for step in range(start_step, self.num_steps):
-                    if stop.is_set():
+                    if stop.is_set() or not self._wait_for_table(step, stop):
                         return
                     batch = self.make_batch(step)
                     put(batch.pin_memory() if pins else batch)
@@ -383,7 +407,8 @@ class BatchLoader:
         thread = threading.Thread(target=work, name="batch-loader", daemon=True)
         thread.start()
         try:
-            while True:
+            for step in itertools.count(start_step):
+                self._decide_ahead(step)
                 began = time.perf_counter()
                 item = ready.get()
                 self.wait_seconds += time.perf_counter() - began

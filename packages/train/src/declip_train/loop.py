@@ -18,12 +18,13 @@ import declip_train
 from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
 from declip_shards.store import Store, atomic_write
-from declip_train.augment import IMAGE_MEAN, IMAGE_STD
 from declip_train.checkpoint import Checkpoints, file_digest
-from declip_train.engine import TrainEngine
-from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.checkpoint_export import export_model
+from declip_train.engine import StepRecord, TrainEngine
+from declip_train.epoch_tables import EpochTables
+from declip_train.export import Scalar
 from declip_train.hf_clip import HFTextCLIP, text_model_digest
-from declip_train.loader import BatchLoader
+from declip_train.loader import Batch, BatchLoader
 from declip_train.monitor import Monitor
 from declip_train.samples import TrainingSamples, training_samples
 from declip_train.settings import TrainSettings
@@ -39,6 +40,11 @@ MARK = f"{FOLDER}/export.json"
 def say(line: str) -> None:
     """One line for the person who watches; they read standard error of process 0."""
     print(f"train: {line}", file=sys.stderr, flush=True)
+
+
+def say_by_rank(line: str) -> None:
+    """:func:`say` of any process: what all of them must agree on can be compared."""
+    say(line if dist.get_rank() == 0 else f"process {dist.get_rank()}: {line}")
 
 
 def run_identity(settings: TrainSettings, samples: TrainingSamples) -> dict[str, Any]:
@@ -71,6 +77,8 @@ class Run:
     checkpoints: Checkpoints
     identity: dict[str, Any]
     """What its result depends on."""
+    tables: EpochTables | None
+    """Which neighbor table each epoch reads; None where none is read."""
     lock: BinaryIO | None
     """Open as long as the run lasts (process 0)."""
 
@@ -107,7 +115,10 @@ def prepare(settings: TrainSettings) -> Run:
     lock = hold_folder(folder)
     samples = training_samples(settings)
     identity = run_identity(settings, samples)
-    loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size())
+    tables = None
+    if settings.uses_index:
+        tables = EpochTables(settings, samples, run=run_name(identity), say=say_by_rank)
+    loader = BatchLoader(samples, settings, dist.get_rank(), dist.get_world_size(), tables=tables)
     checkpoints = Checkpoints(
         folder / "checkpoints" / run_name(identity),
         identity,
@@ -120,6 +131,7 @@ def prepare(settings: TrainSettings) -> Run:
         engine=TrainEngine(settings, loader.num_steps),
         checkpoints=checkpoints,
         identity=identity,
+        tables=tables,
         lock=lock,
     )
 
@@ -136,6 +148,8 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
     run = prepare(settings)
     loader, engine, num_steps = run.loader, run.engine, run.loader.num_steps
     step = run.checkpoints.restore(engine.deepspeed)
+    if run.tables is not None:
+        run.tables.start(step // loader.steps_per_epoch, run.checkpoints.restored)
     monitor = None
     if dist.get_rank() == 0:
         monitor = Monitor(
@@ -147,25 +161,20 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
         )
     saved_at = time.monotonic()
     for batch in loader.batches(step):
+        if run.tables is not None:
+            run.tables.begin(batch.epoch, step)
         late = 0 < settings.checkpoint_every_seconds <= time.monotonic() - saved_at
         record = engine.train_step(batch, stop_asked=stop.is_on, save_asked=late)
         step += 1
         if monitor is not None:
-            numbers = {
-                **record.terms,
-                **record.metrics,
-                "logit_scale": record.logit_scale,
-                "learning_rate": record.learning_rate,
-                "epoch": step / loader.steps_per_epoch,
-            }
-            if settings.precision in ("bf16", "fp16"):
-                numbers["skipped"] = float(record.skipped)
+            numbers = step_numbers(run, batch, record, step)
             monitor.step(step, numbers, loader.wait_seconds, settings.global_batch_size)
         every = settings.checkpoint_every_steps
         due = every is not None and step % every == 0
         if due or record.save_asked or record.stop_asked or step == num_steps:
             engine.require_finite_weights(step)
-            run.checkpoints.save(engine.deepspeed, step)
+            more = run.tables.state(batch.epoch) if run.tables is not None else None
+            run.checkpoints.save(engine.deepspeed, step, more)
             saved_at = time.monotonic()
         if record.stop_asked:
             break
@@ -173,15 +182,30 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
         monitor.close()
     if dist.get_rank() == 0 and step == num_steps:
         run.checkpoints.prune(1)
-        export(settings, engine, run.identity, step)
+        export(settings, engine, run, step)
     dist.barrier()
     return step == num_steps
 
 
-def export(
-    settings: TrainSettings, engine: TrainEngine, identity: dict[str, Any], step: int
-) -> None:
+def step_numbers(run: Run, batch: Batch, record: StepRecord, step: int) -> dict[str, float | str]:
+    """What the log says of a step; ``step`` counts it as done."""
+    numbers: dict[str, float | str] = {
+        **record.terms,
+        **record.metrics,
+        "logit_scale": record.logit_scale,
+        "learning_rate": record.learning_rate,
+        "epoch": step / run.loader.steps_per_epoch,
+    }
+    if run.loader.settings.precision in ("bf16", "fp16"):
+        numbers["skipped"] = float(record.skipped)
+    if run.tables is not None:
+        numbers |= run.tables.record(batch.epoch, step)
+    return numbers
+
+
+def export(settings: TrainSettings, engine: TrainEngine, run: Run, step: int) -> None:
     """Write the trained model, then the mark that names its bytes."""
+    identity = run.identity
     root = Path(Store(settings.root).local_path("."))
     clip = engine.module.clip
     if isinstance(clip, HFTextCLIP) and not clip.open_clip_reads_it:
@@ -189,20 +213,17 @@ def export(
             f"the export is in open_clip's form, but open_clip itself builds no text tower of kind "
             f"{clip.text.kind}: it can be read by declip_train.export.load_export alone."
         )
-    paths = export_open_clip(
+    tables: dict[str, Scalar] = {}
+    if run.tables is not None:
+        tables["neighbor_tables"] = run.tables.history
+    paths = export_model(
         clip,
         engine.module.heads,
         root / EXPORT,
-        PreprocessSettings(
-            mean=IMAGE_MEAN, std=IMAGE_STD, interpolation="bicubic", resize_mode="shortest"
-        ),
-        {
-            "model": settings.model,
-            "steps": step,
-            "samples_seen": step * settings.global_batch_size,
-            "seed": settings.seed,
-            **identity,
-        },
+        settings,
+        {**tables, **identity},
+        run=run_name(identity),
+        step=step,
     )
     files = {path.name: file_digest(path) for path in paths}
     atomic_write(root / MARK, canonical_json({**identity, "steps": step, "files": files}))

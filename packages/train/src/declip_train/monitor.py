@@ -112,13 +112,14 @@ class Monitor:
         )
 
     def step(
-        self, step: int, numbers: Mapping[str, float], wait_seconds: float, batch: int
+        self, step: int, numbers: Mapping[str, float | str], wait_seconds: float, batch: int
     ) -> None:
         """Take note of one step.
 
         Args:
             step: steps done, this one included.
-            numbers: loss terms, logit scale, learning rate, epoch.
+            numbers: loss terms, logit scale, learning rate, epoch; texts (which neighbor table)
+                are for the log alone.
             wait_seconds: total time that the trainer waited for data so far.
             batch: samples a step.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_shards import DeclipError, Store, image_places, layout, sidecars
+from declip_shards import DeclipError, Store, image_places, layout, neighbor_tables, sidecars
+from declip_shards.neighbor_tables import TableVersion
 from declip_train.settings import TrainSettings
 from declip_train.stored_features import StoredFeatures, load_stored_features
 
@@ -59,6 +61,8 @@ class TrainingSamples:
     """Stored vectors of the neighbors' captions, where they were asked for."""
     stored_rows: Sequence[int] | NDArray[np.int64] = ()
     """Rows of ``stored``: those of all neighbors of the first sample, of the second, ..."""
+    table: TableVersion | None = None
+    """The neighbor table that was read; None for none."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -161,25 +165,28 @@ def _image_places(store: Store, shard: str, wanted: set[str]) -> list[tuple[str,
 
 
 def _read_neighbors(
-    store: Store, name: str, shards: Sequence[str], captions: Mapping[str, str]
+    store: Store,
+    version: TableVersion,
+    shards: Sequence[str],
+    captions: Mapping[str, str],
+    wanted: Collection[str],
 ) -> dict[str, tuple[str, ...]]:
     """Neighbor keys by key. The table holds keys alone; what belongs to them is joined later."""
     joined: dict[str, tuple[str, ...]] = {}
     for shard in shards:
-        path = layout.neighbors_path(name, shard)
-        if not store.exists(path):
-            raise DeclipError(
-                f"{path!r} is missing: the neighbor table {name!r} does not cover shard {shard}; "
-                "run the neighbors step, or choose method clip."
-            )
-        for row in sidecars.read_rows(store, path, ["key", "neighbor_keys"]):
-            unknown = [key for key in row["neighbor_keys"] if key not in captions]
-            if unknown:
-                raise DeclipError(
-                    f"{path!r} names the neighbor {unknown[0]!r}, which no shard holds: the table "
-                    "is of other shards; rerun the neighbors step."
-                )
-            joined[row["key"]] = tuple(row["neighbor_keys"])
+        path = layout.neighbors_path(version.folder, shard)
+        table = neighbor_tables.read_lists(store, version, shard)
+        keys, lists = table.column("key").to_pylist(), table.column("neighbor_keys").to_pylist()
+        for key, near in zip(keys, lists, strict=True):
+            for what, named in (("sample", (key,)), ("neighbor", near)):
+                unknown = next((k for k in named if k not in captions), None)
+                if unknown is not None:
+                    raise DeclipError(
+                        f"{path!r} names the {what} {unknown!r}, which no shard holds: the table "
+                        "is of other shards; rerun the neighbors step."
+                    )
+            if key in wanted:
+                joined[key] = tuple(near)
     return joined
 
 
@@ -202,17 +209,69 @@ def _read_stored(
 def training_samples(settings: TrainSettings) -> TrainingSamples:
     """The samples that a run trains on, with what its method asks of their neighbors.
 
+    The neighbors are those of the pipeline's own table, whatever was refreshed since: what a run is
+    follows from it. :func:`with_table` brings in the others.
+
     Raises:
         DeclipError: see :func:`load_samples`.
     """
-    uses_stored = settings.uses_index and settings.neighbor_feature == "stored"
     return load_samples(
         settings.root,
         selection=settings.selection,
         splits=settings.splits,
         neighbors=settings.neighbors if settings.uses_index else None,
-        neighbor_embeddings=settings.neighbor_embeddings if uses_stored else None,
+        neighbor_embeddings=settings.neighbor_embeddings if uses_stored(settings) else None,
         embed_dim=settings.model_config.embed_dim,
+    )
+
+
+def uses_stored(settings: TrainSettings) -> bool:
+    """Whether stored vectors of the neighbors' captions are read."""
+    return settings.uses_index and settings.neighbor_feature == "stored"
+
+
+def embeddings_with(settings: TrainSettings, own: TableVersion, version: TableVersion) -> str:
+    """Name of the stored vectors that belong to a table.
+
+    Where the pipeline's table is of the very embeddings that training reads, a refreshed table
+    brings its own; embeddings that the table has nothing to do with stay.
+    """
+    follows = version.is_refreshed and own.embeddings == settings.neighbor_embeddings
+    return version.embeddings if follows else settings.neighbor_embeddings
+
+
+def with_table(
+    samples: TrainingSamples, settings: TrainSettings, own: TableVersion, version: TableVersion
+) -> TrainingSamples:
+    """The same samples with the neighbors of another table.
+
+    Args:
+        samples: of :func:`training_samples`.
+        settings: the run.
+        own: the pipeline's table.
+        version: the table to read.
+
+    Raises:
+        DeclipError: a file of the table is missing, damaged, of another table or of other shards;
+            or its stored vectors are missing or of another size.
+    """
+    store = Store(settings.root)
+    shards = layout.list_shards(store)
+    captions = {
+        row["key"]: row["caption"] for shard in shards for row in _shard_rows(store, shard, ())
+    }
+    table = _read_neighbors(store, version, shards, captions, frozenset(samples.keys))
+    near = [table.get(key, ()) for key in samples.keys]
+    stored, stored_rows = None, np.empty(0, np.int64)
+    if uses_stored(settings):
+        name = embeddings_with(settings, own, version)
+        stored, stored_rows = _read_stored(store, name, settings.model_config.embed_dim, near)
+    return dataclasses.replace(
+        samples,
+        neighbor_captions=[tuple(captions[key] for key in keys) for keys in near],
+        stored=stored,
+        stored_rows=stored_rows,
+        table=version,
     )
 
 
@@ -231,7 +290,7 @@ def load_samples(
         root: the dataset folder; local, because pictures are read by their place.
         selection: name of the selection; empty for every success.
         splits: values of the column ``split`` to keep; empty keeps all.
-        neighbors: name of the neighbor table; None for none.
+        neighbors: name of the neighbor table, the pipeline's own; None for none.
         neighbor_embeddings: name of the embeddings that hold the neighbors' features; None where
             their captions are all that is asked for.
         embed_dim: size that these features must have.
@@ -265,8 +324,12 @@ def load_samples(
             f"0 of {num_selected} samples of {what} are left for training with splits "
             f"{list(splits)}; loosen the filter's rules, or name other splits."
         )
-    table = _read_neighbors(store, neighbors, shards, all_captions) if neighbors else {}
     chosen.sort()
+    version = neighbor_tables.read_version(store, neighbors) if neighbors else None
+    table: dict[str, tuple[str, ...]] = {}
+    if version is not None:
+        own = {key for key, *_ in chosen}
+        table = _read_neighbors(store, version, shards, all_captions, own)
     near = [table.get(key, ()) for key, *_ in chosen]
     stored, stored_rows = None, np.empty(0, np.int64)
     if neighbor_embeddings:
@@ -282,4 +345,5 @@ def load_samples(
         num_selected=num_selected,
         stored=stored,
         stored_rows=stored_rows,
+        table=version,
     )

@@ -1,0 +1,255 @@
+"""Nearest neighbor graphs of stored vectors: exact, or as fast as can be at a measured recall.
+
+How the fast one works, and what was tried: docs/design/0005-neighbor-graph.md.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from declip_filter.encoders import one_thread
+from declip_filter.kmeans import cluster_rows
+from declip_filter.knn_exact import exact_neighbors, number_groups
+from declip_filter.knn_graph import ArrayVectors, Graph, Matrix, Rows, check_groups, check_k
+from declip_filter.knn_grouped import Candidates, scan_clusters
+from declip_filter.knn_refine import refine
+from declip_filter.knn_rerank import StoredRows, rank_lists
+from declip_filter.knn_space import Space, candidate_spaces, project_rows, share_kept, sort_rows
+from declip_shards import DeclipError
+
+__all__ = ["ArrayVectors", "Graph", "Matrix", "Rows", "approximate_graph", "exact_neighbors"]
+
+logger = logging.getLogger(__name__)
+
+EXACT_BELOW = 4096
+"""Fewer rows than this are compared all with all: that takes a second at most."""
+SAMPLED_ROWS = 256
+"""Rows whose exact neighbors say what the recall is: its standard error is near 0.01."""
+CLUSTER_SIZE = 128
+FIRST_PROBES = 8
+"""Clusters that a row meets at first; four times as many where rounds did not reach the target."""
+MOST_PROBES = 128
+MOST_ROUNDS = 4
+HOPS = 10
+"""Neighbors followed each way in a round."""
+LEAST_GAIN = 0.004
+"""Of recall by a round; less, and clusters are met instead."""
+SAME_SCORE = 1e-5
+"""Rows that score within this of the last true neighbor count as found: they are as near."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows whose exact neighbors are known."""
+
+    rows: Rows
+    ids: Rows
+    last_scores: npt.NDArray[np.float32]
+    """Score of the last true neighbor: (sample,), -inf where there are fewer than k."""
+    num_true: int
+
+    def recall(self, scores: npt.NDArray[np.float32]) -> float:
+        """Share of the true neighbors in lists of these scores, (sample, k)."""
+        found = (scores >= self.last_scores[:, None] - SAME_SCORE) & np.isfinite(scores)
+        return min(1.0, float(found.sum()) / max(self.num_true, 1))
+
+    @property
+    def offset(self) -> float:
+        """A typical last neighbor's score."""
+        finite = self.last_scores[np.isfinite(self.last_scores)]
+        return float(np.median(finite)) if len(finite) else 0.0
+
+
+def approximate_graph(
+    vectors: Matrix,
+    k: int,
+    *,
+    recall_target: float = 0.95,
+    seed: int = 0,
+    num_threads: int = 1,
+    max_memory_gib: float = 8.0,
+    groups: Rows | None = None,
+    scan_dtype: torch.dtype | None = None,
+) -> Graph:
+    """The (almost) nearest k rows of every row, with the recall that was measured.
+
+    Rows are clustered in a space of fewer dimensions; each meets the members of its nearest
+    clusters, then the neighbors of its neighbors; the best are scored in full, in float32. After
+    each step the recall of a sample is measured; the work ends when it is at the target, or when
+    nothing more helps: then a warning says so, and ``Graph.recall`` is what was reached.
+
+    Memory: see :func:`estimate_bytes`.
+
+    Args:
+        vectors: of unit length.
+        k: length of a list.
+        recall_target: least share of the true neighbors, measured on a sample of rows.
+        seed: of the sample and of everything drawn.
+        num_threads: threads. The result is the same at any number.
+        max_memory_gib: most memory of the projected vectors, lists and buffers together.
+        groups: (num_rows,); rows of one group are never each other's neighbors, and a list holds
+            at most one row of a group, its best.
+        scan_dtype: float32 or bfloat16, what candidates are found in; by default bfloat16 where
+            the CPU has it in hardware.
+
+    Raises:
+        DeclipError: a setting out of its range, or too little memory allowed.
+    """
+    check_k(k, vectors.num_rows)
+    check_groups(groups, vectors.num_rows)
+    if not 0 < recall_target <= 1:
+        raise DeclipError(f"recall_target is {recall_target}; it must be above 0 and at most 1.")
+    if num_threads < 1:
+        raise DeclipError(f"num_threads is {num_threads}; it must be at least 1.")
+    if vectors.num_rows < max(EXACT_BELOW, 4 * k):
+        everyone = np.arange(vectors.num_rows, dtype=np.int64)
+        return exact_neighbors(vectors, everyone, k, groups=groups)
+    numbered = None if groups is None else number_groups(groups).astype(np.int32)
+    with one_thread():
+        sample = _sample(vectors, k, seed, numbered)
+        space, projected = _choose_space(
+            vectors, sample, seed, scan_dtype, recall_target, max_memory_gib
+        )
+    needed = estimate_bytes(vectors.num_rows, vectors.dim, k, space)
+    keep_rows = needed + vectors.num_rows * vectors.dim * 2 <= max_memory_gib * 2**30
+    search = _Search(vectors, k, projected, sample, numbered, seed, num_threads, keep_rows)
+    return search.run(recall_target)
+
+
+def _choose_space(vectors, sample, seed, dtype, recall_target, max_memory_gib):
+    k = sample.ids.shape[1]
+    for space in candidate_spaces(vectors, k, seed=seed, dtype=dtype):
+        needed = estimate_bytes(vectors.num_rows, vectors.dim, k, space)
+        if needed > max_memory_gib * 2**30:
+            raise DeclipError(
+                f"a graph of {vectors.num_rows} rows needs {needed / 2**30:.1f} GiB, and "
+                f"max_memory_gib is {max_memory_gib:g}; allow more, take fewer rows, or use an "
+                "index."
+            )
+        projected = project_rows(vectors, space)
+        if space.axes is None:
+            break
+        kept = share_kept(projected, sample.rows, sample.ids, num_candidates(k))
+        logger.info("neighbor graph: %d columns keep %.3f", space.dim, kept)
+        if kept >= 1 - (1 - recall_target) / 4:
+            break
+    return space, projected
+
+
+def estimate_bytes(num_rows: int, dim: int, k: int, space: Space) -> int:
+    """Most memory of :func:`approximate_graph`, without the vectors themselves.
+
+    Two copies of the projected rows (the second is made in the clusters' order), candidates before
+    and after a round, the links of a round while they are sorted, the result, and 1 GiB of
+    buffers. The stored vectors are kept as well (2 * dim bytes a row) where that fits, else read
+    again when lists are scored.
+    """
+    projected = 2 * space.dim * space.dtype.itemsize
+    candidates = 2 * 4 * num_candidates(k)
+    links = HOPS * (8 + 2 * 8)
+    return num_rows * (projected + candidates + links + 12 * k + 16) + 2**30
+
+
+def num_candidates(k: int) -> int:
+    """How many candidates a row keeps, to be scored in full."""
+    return k + max(17, k)
+
+
+def _sample(vectors: Matrix, k: int, seed: int, groups: npt.NDArray[np.int32] | None) -> _Sample:
+    generator = np.random.default_rng([seed, 1])
+    num = min(SAMPLED_ROWS, vectors.num_rows)
+    rows = np.sort(generator.choice(vectors.num_rows, num, replace=False)).astype(np.int64)
+    grouped = None if groups is None else groups.astype(np.int64)
+    found = exact_neighbors(vectors, rows, k, groups=grouped)
+    return _Sample(rows, found.ids, found.scores[:, -1], int(np.isfinite(found.scores).sum()))
+
+
+class _Search:
+    """One search: rows in the order of their clusters, and candidates of each."""
+
+    def __init__(
+        self,
+        vectors: Matrix,
+        k: int,
+        projected: torch.Tensor,
+        sample: _Sample,
+        groups: npt.NDArray[np.int32] | None,
+        seed: int,
+        num_threads: int,
+        keep_rows: bool,
+    ) -> None:
+        self.k, self.sample, self.num_threads = k, sample, num_threads
+        self.clusters = cluster_rows(projected, vectors.num_rows, CLUSTER_SIZE, seed, num_threads)
+        order = self.clusters.order
+        self.matrix = sort_rows(projected, order)
+        self.groups = None if groups is None else groups[order]
+        self.rows = StoredRows(vectors, order, keep=keep_rows)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        self.sampled = place[sample.rows]
+
+    def run(self, recall_target: float) -> Graph:
+        """Scan and refine until the target is reached or nothing more helps."""
+        probes, recall = FIRST_PROBES, 0.0
+        near = self._scan(probes)
+        while True:
+            near, recall = self._refine(near, recall_target)
+            if recall >= recall_target or probes >= min(MOST_PROBES, self.clusters.num_clusters):
+                break
+            probes *= 4
+            near = self._scan(probes)
+        if recall < recall_target:
+            logger.warning(
+                "neighbor graph: recall@%d is %.3f on a sample of %d rows, below the target of %g, "
+                "and more work does not help; use exact search or a lower target.",
+                self.k, recall, len(self.sampled), recall_target,
+            )  # fmt: skip
+        return replace(self._rank(near), recall=recall)
+
+    def _scan(self, num_probes: int) -> Candidates:
+        return scan_clusters(
+            self.matrix,
+            self.clusters,
+            num_probes,
+            num_candidates(self.k),
+            offset=self.sample.offset,
+            groups=self.groups,
+            num_threads=self.num_threads,
+        )
+
+    def _refine(self, near: Candidates, recall_target: float) -> tuple[Candidates, float]:
+        """Rounds until the target, or until one gains little."""
+        recall = self._recall(near)
+        for _ in range(MOST_ROUNDS):
+            if recall >= recall_target:
+                break
+            near = refine(
+                self.matrix,
+                near,
+                num_hops=min(HOPS, near.shape[1]),
+                offset=self.sample.offset,
+                groups=self.groups,
+                num_threads=self.num_threads,
+            )
+            before, recall = recall, self._recall(near)
+            if recall - before < LEAST_GAIN:
+                break
+        return near, recall
+
+    def _recall(self, near: Candidates) -> float:
+        scores, _ = rank_lists(self.rows, self.sampled, near[self.sampled], self.k, self.groups, 1)
+        recall = self.sample.recall(scores)
+        logger.info("neighbor graph: recall@%d is %.3f", self.k, recall)
+        return recall
+
+    def _rank(self, near: Candidates) -> Graph:
+        """The final lists, in the vectors' own numbering."""
+        everyone = np.arange(len(near), dtype=np.int64)
+        scores, ids = rank_lists(self.rows, everyone, near, self.k, self.groups, self.num_threads)
+        graph = Graph(np.empty_like(ids), np.empty_like(scores))
+        graph.scores[self.clusters.order] = scores
+        graph.ids[self.clusters.order] = ids
+        return graph

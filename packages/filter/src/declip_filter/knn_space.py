@@ -1,0 +1,158 @@
+"""The space that candidates are looked for in: fewer dimensions, fewer bits.
+
+A graph is scanned in the leading principal components of the vectors, scaled back to unit length,
+and its lists are scored again in full. How many components are enough is measured on a sample:
+trained encoders need a third of theirs, a text's word counts need all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from declip_filter.kmeans import normalize
+from declip_filter.knn_graph import Matrix, Rows
+from declip_filter.knn_select import (
+    BLOCK_SCORES,
+    MISSING,
+    MOST_ROWS,
+    Columnwise,
+    Products,
+    largest,
+)
+
+TRAINING_ROWS = 16_384
+PROBED_ROWS = 256
+KEPT_IN_SAMPLE = 0.8
+"""Least share of a probed row's true neighbors (within the sample) among as many of its neighbors
+in the space, for the space to be tried on all rows."""
+ROWS_AT_ONCE = 4096
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (five times the rate of float32)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        return False
+    found = capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Space:
+    """A projection and the type that products are made in."""
+
+    axes: torch.Tensor | None
+    """float32 (dim of the vectors, components); none where all dimensions are kept."""
+    dim: int
+    """Columns of a projected row: components, zeros up to a multiple of 32, and a last 1."""
+    dtype: torch.dtype
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 or float16 (rows, dim of the vectors) -> (rows, dim), the last column 1."""
+        projected = torch.zeros(rows.shape[0], self.dim, dtype=self.dtype)
+        if self.axes is None:
+            projected[:, : rows.shape[1]] = rows
+        elif self.dtype == torch.bfloat16:
+            components = (rows.to(self.dtype) @ self.axes.to(self.dtype)).float()
+            projected[:, : self.axes.shape[1]] = normalize(components)
+        else:
+            projected[:, : self.axes.shape[1]] = normalize(rows.float() @ self.axes)
+        projected[:, -1] = 1
+        return projected
+
+
+def _columns(components: int) -> int:
+    return -(-(components + 1) // 32) * 32
+
+
+def candidate_spaces(
+    vectors: Matrix, k: int, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> Iterator[Space]:
+    """Spaces of 64, 96, 128, 192, 256 columns, then of all: from the first that may do.
+
+    Whether one does is for :func:`share_kept` to say; here those are left out in which neighbors
+    do not even stay neighbors within a sample.
+
+    Args:
+        vectors: of unit length.
+        k: length of the lists that are wanted.
+        seed: of the sample.
+        dtype: float32 or bfloat16; by default bfloat16 where the CPU has it in hardware.
+    """
+    dtype = dtype or (torch.bfloat16 if has_fast_bfloat16() else torch.float32)
+    everything = Space(None, _columns(vectors.dim), dtype)
+    num = min(TRAINING_ROWS, vectors.num_rows)
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(vectors.num_rows, num, replace=False))
+    sample = torch.from_numpy(np.asarray(vectors.take(chosen))).float()
+    _, axes = torch.linalg.eigh(sample.T @ sample)
+    axes = axes.flip(1)
+    probed = torch.from_numpy(generator.choice(num, min(PROBED_ROWS, num), replace=False))
+    near = min(k, num - 1)
+    true = _nearest(sample, probed, near)
+    for columns in (64, 96, 128, 192, 256):
+        if columns >= everything.dim:
+            break
+        space = Space(axes[:, : columns - 1].contiguous(), columns, dtype)
+        inside = _nearest(space.project(sample).float()[:, :-1], probed, near)
+        kept = (true[:, :, None] == inside[:, None, :]).any(dim=2).float().mean()
+        if kept >= KEPT_IN_SAMPLE:
+            yield space
+    yield everything
+
+
+def share_kept(projected: torch.Tensor, queries: Rows, true: Rows, num_candidates: int) -> float:
+    """Share of rows' true neighbors among their best candidates in a space: what a scan can reach.
+
+    Args:
+        projected: as :func:`project_rows` makes them, with their padding.
+        queries: (some,).
+        true: their neighbors, (some, k), -1 where there are fewer.
+        num_candidates: how many are kept.
+    """
+    num_rows = projected.shape[0] - MOST_ROWS
+    products = Products(projected.dtype, projected.shape[1])
+    asked = torch.from_numpy(queries)
+    best = np.empty((len(queries), 0), dtype=np.int32)
+    ids = np.empty((len(queries), 0), dtype=np.int64)
+    step = BLOCK_SCORES // max(PROBED_ROWS, 1)
+    for start in range(0, num_rows, step):
+        size = min(step, num_rows - start)
+        columnwise = Columnwise(size)
+        lifted = products.lifted(projected, asked, projected[start:], size)
+        own = (asked >= start) & (asked < start + size)
+        lifted[own.nonzero()[:, 0], asked[own] - start] = MISSING
+        keys = largest(columnwise.pack(lifted), min(num_candidates, size))
+        ids = np.concatenate([ids, columnwise.columns(keys) + np.int64(start)], axis=1)
+        best = np.concatenate([best, keys & np.int32(columnwise.mask)], axis=1)
+        order = np.argsort(-best, axis=1, kind="stable")[:, :num_candidates]
+        best, ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    found = (true[:, :, None] == ids[:, None, :]).any(axis=2)
+    return float(found.sum()) / max(1, int((true >= 0).sum()))
+
+
+def _nearest(sample: torch.Tensor, probed: torch.Tensor, k: int) -> torch.Tensor:
+    scores = sample[probed] @ sample.T
+    scores[torch.arange(len(probed)), probed] = -torch.inf
+    return scores.topk(k, dim=1).indices
+
+
+def project_rows(vectors: Matrix, space: Space) -> torch.Tensor:
+    """All rows in a space, and padding: (num_rows + MOST_ROWS, space.dim)."""
+    projected = torch.zeros(vectors.num_rows + MOST_ROWS, space.dim, dtype=space.dtype)
+    for start in range(0, vectors.num_rows, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, vectors.num_rows)
+        rows = torch.from_numpy(np.ascontiguousarray(vectors.read(start, stop)))
+        projected[start:stop] = space.project(rows)
+    return projected
+
+
+def sort_rows(
+    projected: torch.Tensor, order: "np.ndarray[tuple[int], np.dtype[np.int64]]"
+) -> torch.Tensor:
+    """Rows in another order, with the padding."""
+    ordered = torch.zeros_like(projected)
+    torch.index_select(projected, 0, torch.from_numpy(order), out=ordered[: len(order)])
+    return ordered
