@@ -17,7 +17,7 @@ from declip_filter.knn_graph import ArrayVectors, Graph, Matrix, Rows, check_gro
 from declip_filter.knn_grouped import Candidates, scan_clusters
 from declip_filter.knn_refine import refine
 from declip_filter.knn_rerank import StoredRows, rank_lists
-from declip_filter.knn_space import Space, candidate_spaces, project_rows, share_kept, sort_rows
+from declip_filter.knn_space import Space, candidate_spaces, project_rows, shares_kept, sort_rows
 from declip_shards import DeclipError
 
 __all__ = ["ArrayVectors", "Graph", "Matrix", "Rows", "approximate_graph", "exact_neighbors"]
@@ -31,6 +31,10 @@ SAMPLED_ROWS = 256
 CLUSTER_SIZE = 128
 FIRST_PROBES = 8
 """Clusters that a row meets at first; four times as many where rounds did not reach the target."""
+CANDIDATES_BEYOND = (5, 9, 17)
+"""Candidates a row keeps beyond k (of 15; more in proportion), to be scored in full."""
+SHARE_FOR_SPACE = 5
+"""A space may lose this part of what the recall target lets be lost."""
 MOST_PROBES = 128
 MOST_ROUNDS = 4
 HOPS = 10
@@ -110,17 +114,26 @@ def approximate_graph(
     numbered = None if groups is None else number_groups(groups).astype(np.int32)
     with one_thread():
         sample = _sample(vectors, k, seed, numbered)
-        space, projected = _choose_space(
+        space, projected, width = _choose_space(
             vectors, sample, seed, scan_dtype, recall_target, max_memory_gib
         )
     needed = estimate_bytes(vectors.num_rows, vectors.dim, k, space)
     keep_rows = needed + vectors.num_rows * vectors.dim * 2 <= max_memory_gib * 2**30
-    search = _Search(vectors, k, projected, sample, numbered, seed, num_threads, keep_rows)
+    search = _Search(vectors, k, width, projected, sample, numbered, seed, num_threads, keep_rows)
     return search.run(recall_target)
 
 
-def _choose_space(vectors, sample, seed, dtype, recall_target, max_memory_gib):
+def _choose_space(
+    vectors: Matrix,
+    sample: _Sample,
+    seed: int,
+    dtype: torch.dtype | None,
+    recall_target: float,
+    max_memory_gib: float,
+) -> tuple[Space, torch.Tensor, int]:
+    """The smallest space that keeps enough, all rows in it, and how many candidates it takes."""
     k = sample.ids.shape[1]
+    widths = [k + max(4, share * k // 15) for share in CANDIDATES_BEYOND]
     for space in candidate_spaces(vectors, k, seed=seed, dtype=dtype):
         needed = estimate_bytes(vectors.num_rows, vectors.dim, k, space)
         if needed > max_memory_gib * 2**30:
@@ -130,13 +143,12 @@ def _choose_space(vectors, sample, seed, dtype, recall_target, max_memory_gib):
                 "index."
             )
         projected = project_rows(vectors, space)
-        if space.axes is None:
-            break
-        kept = share_kept(projected, sample.rows, sample.ids, num_candidates(k))
-        logger.info("neighbor graph: %d columns keep %.3f", space.dim, kept)
-        if kept >= 1 - (1 - recall_target) / 4:
-            break
-    return space, projected
+        kept = shares_kept(projected, sample.rows, sample.ids, widths)
+        logger.info("neighbor graph: %d columns keep %s", space.dim, np.round(kept, 3).tolist())
+        for width, share in zip(widths, kept, strict=True):
+            if share >= 1 - (1 - recall_target) / SHARE_FOR_SPACE:
+                return space, projected, width
+    return space, projected, widths[-1]
 
 
 def estimate_bytes(num_rows: int, dim: int, k: int, space: Space) -> int:
@@ -148,14 +160,9 @@ def estimate_bytes(num_rows: int, dim: int, k: int, space: Space) -> int:
     again when lists are scored.
     """
     projected = 2 * space.dim * space.dtype.itemsize
-    candidates = 2 * 4 * num_candidates(k)
+    candidates = 2 * 4 * (k + CANDIDATES_BEYOND[-1] * max(k, 15) // 15)
     links = HOPS * (8 + 2 * 8)
     return num_rows * (projected + candidates + links + 12 * k + 16) + 2**30
-
-
-def num_candidates(k: int) -> int:
-    """How many candidates a row keeps, to be scored in full."""
-    return k + max(17, k)
 
 
 def _sample(vectors: Matrix, k: int, seed: int, groups: npt.NDArray[np.int32] | None) -> _Sample:
@@ -174,6 +181,7 @@ class _Search:
         self,
         vectors: Matrix,
         k: int,
+        width: int,
         projected: torch.Tensor,
         sample: _Sample,
         groups: npt.NDArray[np.int32] | None,
@@ -181,7 +189,8 @@ class _Search:
         num_threads: int,
         keep_rows: bool,
     ) -> None:
-        self.k, self.sample, self.num_threads = k, sample, num_threads
+        self.k, self.width = k, width
+        self.sample, self.num_threads = sample, num_threads
         self.clusters = cluster_rows(projected, vectors.num_rows, CLUSTER_SIZE, seed, num_threads)
         order = self.clusters.order
         self.matrix = sort_rows(projected, order)
@@ -214,7 +223,7 @@ class _Search:
             self.matrix,
             self.clusters,
             num_probes,
-            num_candidates(self.k),
+            self.width,
             offset=self.sample.offset,
             groups=self.groups,
             num_threads=self.num_threads,

@@ -29,10 +29,12 @@ from declip_shards import DeclipError
 
 SLACK = 16
 """Candidates of a first scan beyond k: most lists are certain with these."""
-SCAN_ERROR = {torch.float32: 4e-6, torch.float16: 6e-4}
-"""What a scan's score of unit vectors may be off by. Half precision: the sum is float32, its
-rounding to float16 at most 2^-11 of a score up to 1, that of the inputs none, for stored vectors
-are float16; vectors that come in float32 add what their own rounding costs, 2^-11 at most."""
+SCAN_ERROR = {torch.float32: 4e-6, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
+"""What a scan's score of unit vectors may be off by. Inputs are rounded by 2^-11 (float16; stored
+vectors are that already) or 2^-9 (bfloat16) of themselves, so the exact sum of their products is
+off by at most twice that; it is rounded once more, for sums are made in float32."""
+FAST_SLACK = 48
+"""Of a scan in few bits, which leaves more lists open."""
 CPU_CHUNK_BYTES = 256 * 2**20
 GPU_SHARE = 0.5
 """Of a GPU's free memory that rows may take; a block of scores and its candidates need the rest."""
@@ -73,8 +75,9 @@ def exact_neighbors(
         rows_at_once: queries of a block; by default 512 on a CPU, 8,192 on a GPU.
         groups: (num_rows,); rows of one group are never each other's neighbors, and a list holds
             at most one row of a group, its best.
-        scan_dtype: float32 or float16, what candidates are found in; by default float16 on a GPU
-            and float32 on a CPU. The result is that of float32 either way.
+        scan_dtype: float32, float16 or bfloat16, what candidates are found in; by default float16
+            on a GPU, on a CPU bfloat16 where it has that in hardware, else float32. The result is
+            that of float32 each time.
 
     Raises:
         DeclipError: a setting out of its range, or a device that torch does not have.
@@ -85,14 +88,16 @@ def exact_neighbors(
     if rows_at_once is not None and rows_at_once < 1:
         raise DeclipError(f"rows_at_once is {rows_at_once}; it must be at least 1.")
     on_gpu = device != "cpu"
-    dtype = scan_dtype or (torch.float16 if on_gpu else torch.float32)
+    dtype = scan_dtype or _fast_dtype(on_gpu)
     if dtype not in SCAN_ERROR:
-        raise DeclipError(f"scan_dtype is {dtype}; it must be torch.float32 or torch.float16.")
+        raise DeclipError(
+            f"scan_dtype is {dtype}; it must be torch.float32, torch.float16 or torch.bfloat16."
+        )
     members = None if groups is None else torch.from_numpy(number_groups(groups))
     ids = np.full((len(queries), k), -1, dtype=np.int64)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     pending = np.arange(len(queries))
-    num_candidates = k + SLACK
+    num_candidates = k + (SLACK if dtype == torch.float32 else FAST_SLACK)
     while len(pending):
         scan = _Scan(
             k=k,
@@ -106,9 +111,25 @@ def exact_neighbors(
         ids[pending] = found_ids
         scores[pending] = found_scores
         pending = pending[~certain]
-        num_candidates *= 4
-        dtype = torch.float32  # what half precision left open is decided by the finer scan
+        if dtype == torch.float32:
+            num_candidates *= 4
+        dtype = torch.float32  # what a scan in few bits left open is decided by a finer one
     return Graph(ids, scores, recall=1.0)
+
+
+def _fast_dtype(on_gpu: bool) -> torch.dtype:
+    if on_gpu:
+        return torch.float16
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (five times the rate of float32)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        return False
+    found = capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def number_groups(groups: Rows) -> Rows:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from declip_filter.kmeans import Clusters, Labels, nearest_centers, padded
+from declip_filter.kmeans import Clusters, Labels, nearest_centers
 from declip_filter.knn_select import (
     LEAST_KEY,
     MISSING,
+    MOST_ROWS,
     Columnwise,
     Keys,
     Products,
@@ -32,7 +33,7 @@ MEMBERS_OF_GROUP = 4
 """Most members of one group that stand in a cluster as candidates: a list holds one."""
 MET_TOWNS = 8
 """Towns whose clusters a row meets, to find its nearest clusters."""
-SCAN_BYTES = 256 * 2**20
+SCAN_BYTES = 64 * 2**20
 """Of the candidates before selection; rows are scanned so many at once."""
 
 
@@ -111,7 +112,7 @@ def scan_clusters(
     """
     members = choose_members(matrix, clusters, groups)
     centers = Members(
-        padded(clusters.centers, matrix.dtype),
+        torch.cat([clusters.centers, torch.zeros(MOST_ROWS, matrix.shape[1])]).to(matrix.dtype),
         np.arange(clusters.num_clusters, dtype=np.int32),
         clusters.towns,
     )
@@ -120,8 +121,8 @@ def scan_clusters(
     num_towns = max(MET_TOWNS, -(-2 * num_probes * (len(clusters.towns) - 1) // clusters.num_clusters))
     towns = nearest_centers(matrix, num_rows, clusters.town_centers, num_towns, num_threads)
     found = np.full((num_rows, num_candidates), -1, dtype=np.int32)
-    near = np.empty((0, num_probes), dtype=np.int32)
     part = max(1024, SCAN_BYTES // (max(num_probes, num_towns) * KEPT_OF_CLUSTER * 4))
+    buffer = np.empty(min(part, num_rows) * max(num_probes, num_towns) * KEPT_OF_CLUSTER, np.int32)
     for start in range(0, num_rows, part):
         stop = min(start + part, num_rows)
         near = np.full((stop - start, num_probes), -1, dtype=np.int32)
@@ -129,8 +130,9 @@ def scan_clusters(
             (towns[start:stop], centers, near, False),
             (near, members, found[start:stop], True),
         ):
-            wanted = _Part(asked, start, offset if is_last else 0.0, num_threads, is_last)
-            keys = _scan_part(matrix, answered, wanted, groups if is_last else None)
+            kept = min(KEPT_OF_CLUSTER, told.shape[1] + is_last)
+            wanted = _Part(asked, start, offset * is_last, num_threads, kept, is_last)
+            keys = _scan_part(matrix, answered, wanted, groups if is_last else None, buffer)
             _keep_best(keys, answered, wanted, told, groups if is_last else None)
     return found
 
@@ -144,6 +146,8 @@ class _Part:
     first_row: int
     offset: float
     num_threads: int
+    kept: int
+    """Members that a row keeps of each probe."""
     of_rows: bool
     """Whether members are rows, of which none is its own neighbor."""
 
@@ -153,14 +157,16 @@ def _scan_part(
     members: Members,
     part: _Part,
     groups: npt.NDArray[np.int32] | None,
+    buffer: Keys,
 ) -> Keys:
-    """The best of every probe of some rows: keys (rows, probes, KEPT_OF_CLUSTER).
+    """The best of every probe of some rows: keys (rows, probes, part.kept).
 
     A key's column is the member's place in its cluster; how many bits it has is the same for all
     clusters, so that keys of one row compare by score.
     """
     num_rows, num_probes = part.probes.shape
-    found = np.zeros((num_rows * num_probes, KEPT_OF_CLUSTER), dtype=np.int32)
+    found = buffer[: num_rows * num_probes * part.kept].reshape(-1, part.kept)
+    found.fill(0)
     pairs = part.probes.ravel().astype(np.int64) << 32 | np.arange(num_rows * num_probes)
     pairs = pairs[pairs >= 0]
     pairs.sort()
@@ -174,7 +180,7 @@ def _scan_part(
         if not hasattr(local, "products"):
             local.products = Products(matrix.dtype, matrix.shape[1], part.offset)
         low, high = starts[cluster], starts[cluster + 1]
-        size, kept = high - low, min(KEPT_OF_CLUSTER, high - low)
+        size, kept = high - low, min(part.kept, high - low)
         if not size:
             return
         columnwise = Columnwise(size, members.bits)
@@ -190,7 +196,7 @@ def _scan_part(
             found[slots[start:stop], :kept] = largest(columnwise.pack(lifted), kept)
 
     run_in_threads(range(len(starts) - 1), scan, part.num_threads)
-    return found.reshape(num_rows, num_probes, KEPT_OF_CLUSTER)
+    return found.reshape(num_rows, num_probes, part.kept)
 
 
 def _keep_best(
@@ -215,7 +221,7 @@ def _keep_best(
         places = columnwise.columns(best)
         chosen = np.take_along_axis(some, places, axis=1)
         probes = part.probes[start : start + 2048]
-        clusters = np.take_along_axis(probes, places // KEPT_OF_CLUSTER, axis=1)
+        clusters = np.take_along_axis(probes, places // part.kept, axis=1)
         near = members.rows[
             np.minimum(members.starts[clusters] + within.columns(chosen), len(members.rows) - 1)
         ]

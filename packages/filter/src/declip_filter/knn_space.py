@@ -5,13 +5,14 @@ and its lists are scored again in full. How many components are enough is measur
 trained encoders need a third of theirs, a text's word counts need all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from declip_filter.kmeans import normalize
+from declip_filter.knn_exact import has_fast_bfloat16
 from declip_filter.knn_graph import Matrix, Rows
 from declip_filter.knn_select import (
     BLOCK_SCORES,
@@ -24,19 +25,10 @@ from declip_filter.knn_select import (
 
 TRAINING_ROWS = 16_384
 PROBED_ROWS = 256
-KEPT_IN_SAMPLE = 0.8
+KEPT_IN_SAMPLE = 0.9
 """Least share of a probed row's true neighbors (within the sample) among as many of its neighbors
 in the space, for the space to be tried on all rows."""
 ROWS_AT_ONCE = 4096
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (five times the rate of float32)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if capabilities is None:
-        return False
-    found = capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def candidate_spaces(
 ) -> Iterator[Space]:
     """Spaces of 64, 96, 128, 192, 256 columns, then of all: from the first that may do.
 
-    Whether one does is for :func:`share_kept` to say; here those are left out in which neighbors
+    Whether one does is for :func:`shares_kept` to say; here those are left out in which neighbors
     do not even stay neighbors within a sample.
 
     Args:
@@ -103,15 +95,18 @@ def candidate_spaces(
     yield everything
 
 
-def share_kept(projected: torch.Tensor, queries: Rows, true: Rows, num_candidates: int) -> float:
+def shares_kept(
+    projected: torch.Tensor, queries: Rows, true: Rows, widths: Sequence[int]
+) -> list[float]:
     """Share of rows' true neighbors among their best candidates in a space: what a scan can reach.
 
     Args:
         projected: as :func:`project_rows` makes them, with their padding.
         queries: (some,).
         true: their neighbors, (some, k), -1 where there are fewer.
-        num_candidates: how many are kept.
+        widths: how many candidates are kept, rising; one share each.
     """
+    num_candidates = widths[-1]
     num_rows = projected.shape[0] - MOST_ROWS
     products = Products(projected.dtype, projected.shape[1])
     asked = torch.from_numpy(queries)
@@ -129,8 +124,9 @@ def share_kept(projected: torch.Tensor, queries: Rows, true: Rows, num_candidate
         best = np.concatenate([best, keys & np.int32(columnwise.mask)], axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :num_candidates]
         best, ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(ids, order, axis=1)
-    found = (true[:, :, None] == ids[:, None, :]).any(axis=2)
-    return float(found.sum()) / max(1, int((true >= 0).sum()))
+    hits = (true[:, :, None] == ids[:, None, :]).any(axis=1)
+    num_true = max(1, int((true >= 0).sum()))
+    return [float(hits[:, :width].sum()) / num_true for width in widths]
 
 
 def _nearest(sample: torch.Tensor, probed: torch.Tensor, k: int) -> torch.Tensor:

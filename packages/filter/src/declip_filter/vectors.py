@@ -4,9 +4,11 @@ Rows are numbered through the shards in order, within a shard as stored: the num
 index's ``rows.parquet`` and of a neighbor graph.
 """
 
+import contextlib
 import functools
 import io
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +21,9 @@ from declip_shards.errors import did_you_mean
 
 SIDES = (*KINDS, "both")
 """What a row may be: its text's vector, its image's, or both."""
+
+MOST_OPEN = 256
+"""Files that are mapped at a time; a process may often have no more than 1,024."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -42,7 +47,8 @@ class StoredVectors:
     root of two: still of unit length, and an inner product of two rows is the mean of the
     cosines of their texts and of their images.
 
-    On a local disk the files are mapped, never read whole; elsewhere the file last used is kept.
+    On a local disk the files are mapped, never read whole, and a few stay open at a time: a dataset
+    has more shards than a process may have files. Elsewhere the file last used is kept.
     """
 
     store: Store
@@ -50,7 +56,8 @@ class StoredVectors:
     side: str
     parts: Sequence[Part]
     """One a shard, in the order of the shards; empty ones too."""
-    _cache: dict[tuple[str, str], Half] = field(default_factory=dict, repr=False)
+    _cache: OrderedDict[str, Half] = field(default_factory=OrderedDict, repr=False)
+    """Open files, the one used last at the end."""
 
     @functools.cached_property
     def starts(self) -> Rows:
@@ -122,15 +129,20 @@ class StoredVectors:
                 "of those, or embed again with it switched on."
             )
         path = layout.embedding_path(self.name, kind, part.partition)
-        kept = self._cache.get((path, kind))
+        kept = self._cache.get(path)
         if kept is not None:
+            with contextlib.suppress(KeyError):  # another thread may have closed it meanwhile
+                self._cache.move_to_end(path)
             return kept
+        most = MOST_OPEN if self.store.is_local else 1
+        while len(self._cache) >= most:
+            with contextlib.suppress(KeyError):
+                self._cache.popitem(last=False)
         array: Half
         try:
             if self.store.is_local:
                 array = np.load(self.store.local_path(path), mmap_mode="r", allow_pickle=False)
             else:
-                self._cache.clear()  # one file at a time in memory
                 array = np.load(io.BytesIO(self.store.read_bytes(path)), allow_pickle=False)
         except FileNotFoundError as error:
             raise DeclipError(f"{path!r} is missing; rerun the stage that embeds.") from error
@@ -138,11 +150,16 @@ class StoredVectors:
             raise DeclipError(
                 f"{path!r} is damaged ({error}); delete it and rerun the stage that embeds."
             ) from error
+        except OSError as error:
+            raise DeclipError(
+                f"{path!r} cannot be opened ({error.strerror or error}); give the process more files "
+                "(ulimit -n) or mend the disk, and run the same command again."
+            ) from error
         if array.shape != (part.num_rows, part.dim) or array.dtype != np.float16:
             raise DeclipError(
                 f"{path!r} holds {array.dtype} of shape {array.shape} where float16 "
                 f"({part.num_rows}, {part.dim}) is due; it is of another model or shard: rerun the "
                 "stage that embeds."
             )
-        self._cache[(path, kind)] = array
+        self._cache[path] = array
         return array
