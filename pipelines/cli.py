@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from declip_filter.repack_manifests import is_repacked
+from declip_filter.repack_state import is_repacked, is_unfinished
 from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from pipelines import __version__, recipes
@@ -169,7 +169,7 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     root = os.path.join("runs", arguments.recipe) if arguments.out is None else arguments.out
     check_location(root)
     pipeline = recipes.build(arguments.recipe, root)
-    if is_repacked(Store(root)):
+    if is_repacked(Store(root)) or is_unfinished(Store(root)):
         pipeline = on_repacked(pipeline)
     is_dry = arguments.command == "run" and arguments.dry_run
     if is_dry:

@@ -15,7 +15,7 @@ from typing import Any
 
 from declip_filter import optout as filter_optout
 from declip_filter.neighbor_graph import drop_from_graph
-from declip_filter.repack_manifests import is_repacked
+from declip_filter.repack_state import is_repacked
 from declip_shards import Store, energon, layout, rewrite, sidecars
 from declip_shards import optout as shards_optout
 from declip_shards.manifest import Manifest, canonical_json

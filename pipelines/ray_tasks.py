@@ -187,6 +187,10 @@ class TaskRun:
         self.ray = self.connect()
         memory = getattr(self.stage, "memory_bytes", None)
         options: dict[str, Any] = {"memory": memory} if memory else {}
+        if self.stage.num_gpus:
+            # By default Ray ends the process after each task that had a GPU: every shard would
+            # load the model again.
+            options["max_calls"] = 0
         if not self.is_client:
             options["num_returns"] = "streaming"
         self.remote = self.ray.remote(

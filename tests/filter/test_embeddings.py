@@ -245,3 +245,13 @@ def test_wrong_settings_are_refused(settings, sentence):
 def test_gpu_is_asked_for_by_the_device_alone():
     assert EmbedPairs().num_gpus == 0
     assert EmbedPairs(device="cuda:1").num_gpus == 1
+
+
+def test_other_weights_at_the_same_place_are_another_run(tmp_path):
+    file = tmp_path / "w.pt"
+    file.write_bytes(b"1")
+    named = f"open_clip:ViT-B-32/{file}"
+    first = EmbedPairs(encoder=named).weights_sha256
+    assert first == EmbedPairs(encoder=named).weights_sha256 != ""
+    file.write_bytes(b"22")
+    assert EmbedPairs(encoder=named).weights_sha256 != first

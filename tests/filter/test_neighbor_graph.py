@@ -222,6 +222,17 @@ def test_a_missing_cut_or_foreign_graph_is_refused(pictured_root):
         stage.worker()
 
 
+def test_a_graph_of_other_settings_is_refused(pictured_root):
+    settings: dict[str, Any] = {"index": "", "embeddings": "text", "kind": "text_emb"}
+    settings |= {"root": pictured_root, "method": "graph"}
+    run_stage(BuildGraph(k=5, **settings))
+    with pytest.raises(DeclipError, match=r"has lists of 13 candidates, and k 9 .* needs 17; rer"):
+        BuildNeighbors(k=9, **settings).worker()
+    with pytest.raises(DeclipError, match=r"made with exclude_same_caption True, and it is False"):
+        BuildNeighbors(k=5, exclude_same_caption=False, **settings).worker()
+    BuildNeighbors(k=4, **settings).worker()
+
+
 def test_vectors_that_are_not_numbers_are_refused_by_file_and_key(pictured_root):
     store = Store(pictured_root)
     path = layout.embedding_path("text", "text_emb", "1")

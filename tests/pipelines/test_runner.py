@@ -10,7 +10,9 @@ import pytest
 from ray_stages import Trouble
 from toy_stages import MakeNumbers, SumNumbers
 
+from declip_filter import MeasureImages
 from declip_shards import DeclipError, Store, rewrite
+from declip_shards.fakes import write_fake_dataset
 from pipelines import lease
 from pipelines.pipeline import Pipeline, Step
 from pipelines.runner import run_pipeline, run_step
@@ -296,3 +298,22 @@ def test_stage_protocol_is_met_by_the_toys(tmp_path):
     for step in toy(tmp_path).steps:
         assert isinstance(step.stage, Stage)
         assert dataclasses.is_dataclass(step.stage)
+
+
+def test_another_name_leaves_what_the_first_one_wrote(tmp_path):
+    root = str(tmp_path)
+    write_fake_dataset(root, num_shards=2)
+    (tmp_path / "manifests").mkdir()
+
+    def pipeline(name):
+        step = Step(name="measure", stage=MeasureImages(root=root, name=name))
+        return Pipeline(recipe="toy", root=root, steps=[step])
+
+    def measure(name):
+        run_pipeline(pipeline(name), pipeline(name).steps, runner="local")
+        return {p.name: p.read_bytes() for p in (tmp_path / "signals" / name).iterdir()}
+
+    first = measure("one")
+    assert measure("two") == first
+    assert {p.name for p in (tmp_path / "signals").iterdir()} == {"one", "two"}
+    assert measure("one") == first

@@ -42,9 +42,11 @@ from declip_filter.encoders import (
     check_precision,
     load_encoder,
     model_precision,
+    weights_path,
 )
 from declip_filter.image_feed import ImageFeed, embed_images, picture_preparer
 from declip_filter.limits import require_between, require_folder_name
+from declip_filter.path_digests import path_digest
 from declip_filter.selection import require_selection, selected_keys
 from declip_filter.signals import read_successes, shard_tasks
 from declip_filter.text_batches import embed_texts
@@ -100,6 +102,8 @@ class EmbedPairs:
     """Numbers that the model multiplies; auto: float16 on a GPU, float32 on the CPU."""
     decode_threads: int | None = field(default=None, metadata={"fingerprint": False})
     """Threads that decode pictures ahead of the encoder; unset: 1, and 4 for a GPU."""
+    weights_sha256: str = field(init=False, default="")
+    """Digest of the encoder's weights, where they are named by a path."""
 
     @property
     def num_threads(self) -> int:
@@ -147,6 +151,8 @@ class EmbedPairs:
                 f"encoder {self.encoder!r} reads text only; set images to false or choose an "
                 "encoder that reads pictures, such as open_clip:MODEL/PRETRAINED."
             )
+        digest = path_digest(weights_path(self.encoder, self.root))
+        object.__setattr__(self, "weights_sha256", digest)
 
     def tasks(self) -> Sequence[str]:
         return shard_tasks(self.root)

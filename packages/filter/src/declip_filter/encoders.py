@@ -14,6 +14,7 @@ model is busy; the vectors are the same.
 import contextlib
 import hashlib
 import importlib
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -320,3 +321,16 @@ def _import_factory(path: str) -> Callable[..., Encoder]:
         raise DeclipError(f"encoder_factory {path!r} is not a function; name one.")
     made: Callable[..., Encoder] = found
     return made
+
+
+def weights_path(name: str, root: str) -> str:
+    """Where an encoder's weights lie that are named by a path; empty where no path is named.
+
+    As ``checkpoint:FOLDER`` (of the dataset, or anywhere), ``sentence:FOLDER``,
+    ``open_clip:MODEL/FILE`` and ``open_clip:local-dir:FOLDER`` name them.
+    """
+    model = name.partition(":")[2]
+    asked = [model.removeprefix("local-dir:"), model.partition("/")[2]]
+    local = "" if "://" in root else root
+    places = [os.path.join(local, model), *asked] if local else asked
+    return next((place for place in places if place and os.path.exists(place)), "")

@@ -370,12 +370,17 @@ def _require_target(
             break
         effort = min(most, effort * 2)
     low, high = recall.interval
-    deeper = ""
+    deeper = where = ""
+    if choice.nlist:
+        where = f" at nprobe {effort}"
+    elif effort:
+        where = f" at efSearch {effort}"
     if before and (not choice.nlist or effort < choice.nlist):
-        deeper = f"allow a deeper search with --max-nprobe {effort * 4}, or "
+        most_wanted = min(effort * 4, choice.nlist or effort * 4)
+        deeper = f"allow a deeper search with --max-nprobe {most_wanted}, or "
     raise DeclipError(
         f"with {vectors.num_rows - len(step.new_rows)} rows more, recall@{NUM_NEIGHBORS} is "
-        f"{recall.recall:.4f} ({low:.4f} to {high:.4f}) at nprobe {effort}, below recall_target "
+        f"{recall.recall:.4f} ({low:.4f} to {high:.4f}){where}, below recall_target "
         f"{target:g} (it was {info[f'recall@{NUM_NEIGHBORS}']:.4f}): nothing was appended; "
         f"{deeper}{REBUILD}."
     )

@@ -115,8 +115,14 @@ def code_bytes(index_key: str, dim: int) -> int:
     return int(inner.code_size) + number
 
 
-_REFUSED = r"IDMap|RFlat|Refine|^(?!.*IVF).*x4fs"
-"""No row can be taken out of these, or their rows have other numbers."""
+_TRANSFORM = r"(?:OPQ\d+(?:_\d+)?|PCA[RW]{0,2}\d+|RR\d+|ITQ\d+|L2norm|Pad\d+)"
+_CODE = r"(?:Flat|SQ(?:4|6|8|fp16|bf16)|PQ\d+(?:x\d+)?(?:np)?)"
+_TAKEN = re.compile(
+    rf"(?:{_TRANSFORM},)*(?:{_CODE}|IVF\d+(?:_HNSW\d*)?,(?:{_CODE}|PQ\d+x4fsr?))"
+    rf"|HNSW\d+(?:,{_CODE})?"
+)
+"""Keys whose index can be sized, filled in parts, searched mapped, and replaced in order: flat codes
+and inverted lists, both behind transforms, and graphs."""
 
 
 def make_empty_key(index_key: str, dim: int) -> Any:
@@ -142,18 +148,14 @@ def check_index_key(index_key: str) -> int:
     """Refuse what is no type of ours; give its number of lists (0: none).
 
     Raises:
-        DeclipError: a wrapper that renumbers rows, or no form of a key.
+        DeclipError: a family or a wrapper that is not taken, or no form of a key.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_,.\-]+", index_key) or re.search(_REFUSED, index_key):
+    if not _TAKEN.fullmatch(index_key):
         raise DeclipError(
-            f"index_key is {index_key!r}; it must be a FAISS factory string without IDMap, "
-            "refinement, or fast scan without lists, such as IVF1024,Flat, IVF1024,PQ64x4fsr or "
-            "HNSW32. Leave it empty to let the stage choose."
-        )
-    if "x4fs" in index_key and not re.search(r"x4fsr?(?:,|$)", index_key):
-        raise DeclipError(
-            f"index_key is {index_key!r}; fast scan is taken as x4fs or x4fsr here, without a "
-            "block size: leave what follows out."
+            f"index_key is {index_key!r}, which is not taken: it must be a code (Flat, SQ8, SQfp16, "
+            "PQ64), lists of codes (IVF1024,Flat or, with fast scan but without a block size, "
+            "IVF1024,PQ64x4fsr), either of them behind transforms (OPQ64_256, PCA256, L2norm), or "
+            "a graph (HNSW32); give one of these, or leave it empty to let the stage choose."
         )
     lists = _LISTS.search(index_key)
     return int(lists[1]) if lists else 0

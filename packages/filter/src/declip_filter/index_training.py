@@ -4,7 +4,6 @@ One thread does it, from a fixed seed, and rows go to lists in blocks whose boun
 how many tasks there are: a matrix product may round a row otherwise in a block of another size.
 """
 
-import dataclasses
 import itertools
 import sys
 import time
@@ -78,9 +77,7 @@ def take_rows(vectors: Matrix, rows: Ids) -> Scores:
 
 def _fresh(vectors: Matrix) -> Matrix:
     """The same matrix with no file mapped: pages that were read count for the process till then."""
-    return (
-        dataclasses.replace(vectors, _cache={}) if isinstance(vectors, StoredVectors) else vectors
-    )
+    return vectors.reopened() if isinstance(vectors, StoredVectors) else vectors
 
 
 def _checked(vectors: Matrix, block: Any, rows: "int | Ids") -> Scores:

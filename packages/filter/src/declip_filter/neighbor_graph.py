@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,7 @@ def make_graph(settings: BuildNeighbors, store: Store) -> TaskStats:
         "recall": None if recall is None else round(recall, 6),
         "encoder_digest": table.vectors.parts[0].encoder_digest,
         "side": table.vectors.side,
+        "exclude_same_caption": settings.exclude_same_caption,
         "rows_sha256": _digest_of(table),
         "ids_sha256": store.sha256(graph_path(settings.name)),
     }
@@ -177,7 +178,7 @@ def read_graph(
     """The candidates of all rows (rows, width), and the recall that was measured.
 
     Raises:
-        DeclipError: the graph is missing, damaged, of a newer format or of other rows.
+        DeclipError: the graph is missing, damaged, of a newer format, of other rows or settings.
     """
     path, info_path = graph_path(settings.name), graph_info_path(settings.name)
     remedy = "rerun the stage that builds the graph, or choose method exact or index."
@@ -199,6 +200,7 @@ def read_graph(
             f"{path!r} is of other rows than the embeddings {table.vectors.name!r} hold now; "
             f"{remedy}"
         )
+    _require_settings(settings, table, path, info, remedy)
     if store.sha256(path) != info["ids_sha256"]:
         raise DeclipError(f"{path!r} has changed since it was written; {remedy}")
     if store.is_local:
@@ -206,6 +208,24 @@ def read_graph(
     else:
         ids = np.load(io.BytesIO(store.read_bytes(path)), allow_pickle=False)
     return ids, info["recall"]
+
+
+def _require_settings(
+    settings: BuildNeighbors, table: TableRows, path: str, info: Mapping[str, Any], remedy: str
+) -> None:
+    """Refuse a graph whose lists are too short, or hold other captions than the table shall."""
+    wanted = graph_width(settings, table.num_rows)
+    if int(info.get("width", 0)) < wanted:
+        raise DeclipError(
+            f"{path!r} has lists of {info.get('width', 0)} candidates, and k {settings.k} with the "
+            f"other settings needs {wanted}; {remedy}"
+        )
+    excluded = info.get("exclude_same_caption", settings.exclude_same_caption)
+    if excluded != settings.exclude_same_caption:
+        raise DeclipError(
+            f"{path!r} was made with exclude_same_caption {excluded}, and it is "
+            f"{settings.exclude_same_caption} now; {remedy}"
+        )
 
 
 def drop_from_graph(store: Store, name: str, keys: Collection[str]) -> dict[str, bytes | None]:
@@ -225,6 +245,7 @@ def drop_from_graph(store: Store, name: str, keys: Collection[str]) -> dict[str,
     data = _packed(_without(ids, kept))
     left = [key for key in names if key not in gone]
     info |= {
+        "recall measured on": info.get("recall measured on", info["num_rows"]),
         "num_rows": len(left),
         "rows_sha256": _rows_digest(info["encoder_digest"], info["side"], left),
         "ids_sha256": hashlib.sha256(data).hexdigest(),

@@ -19,6 +19,7 @@ Where the candidates come from is a setting (``method``); what becomes of them i
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -265,10 +266,7 @@ def _open(settings: BuildNeighbors, store: Store) -> _Work:
     table, info = read_table_rows(settings, store)
     method = choose_method(settings, table.num_rows, table.vectors.dim)
     source, recall = _open_source(settings, store, table, info, method)
-    description = canonical_json(describe(settings, table, info, method, recall))
-    path = neighbor_tables.description_path(settings.name)
-    if not store.exists(path) or store.read_bytes(path) != description:
-        store.write_bytes(path, description)
+    description = _published(store, describe(settings, table, info, method, recall))
     return _Work(
         settings=settings,
         table=table,
@@ -277,6 +275,32 @@ def _open(settings: BuildNeighbors, store: Store) -> _Work:
         index_sha256=str(built_as(info).get("index_sha256", "")),
         table_sha256=hashlib.sha256(description).hexdigest(),
     )
+
+
+def _published(store: Store, description: dict[str, Any]) -> bytes:
+    """Bytes of table.json, written where it is not there yet or of another table.
+
+    One that was made of more rows and is the same otherwise stays: an opt-out has taken rows out
+    since, and the tables that stand name its digest.
+    """
+    name = str(description["name"])
+    path = neighbor_tables.description_path(name)
+    wanted = canonical_json(description)
+    if not store.exists(path):
+        store.write_bytes(path, wanted)
+        return wanted
+    standing = store.read_bytes(path)
+    if standing == wanted:
+        return wanted
+    try:
+        old = json.loads(standing)
+        num_rows = max(int(old["num_rows"]), int(description["num_rows"]))
+        if canonical_json(description | {"num_rows": num_rows}) == standing:
+            return standing
+    except (ValueError, KeyError, TypeError):
+        pass  # damaged: written anew
+    store.write_bytes(path, wanted)
+    return wanted
 
 
 def built_as(info: Mapping[str, Any]) -> Mapping[str, Any]:

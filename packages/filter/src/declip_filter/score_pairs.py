@@ -11,7 +11,13 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from declip_filter.embeddings import read_part, read_vectors
-from declip_filter.encoders import Encoder, check_encoder_name, checked, load_encoder
+from declip_filter.encoders import (
+    Encoder,
+    check_encoder_name,
+    checked,
+    load_encoder,
+    weights_path,
+)
 from declip_filter.image_signals import Rgb, decode_rgb, one_core
 from declip_filter.limits import require_between, require_folder_name
 from declip_filter.path_digests import path_digest
@@ -59,7 +65,7 @@ class ScorePairs:
     device: str = "cpu"
     """Where the encoder runs, torch's name such as cuda; scorers run on the CPU."""
     weights_sha256: tuple[str, ...] = field(init=False, default=())
-    """Digests of the scorers' own files of weights, in the order of the scorers."""
+    """Digests of files of weights: the scorers', in their order, and the encoder's."""
 
     num_cpus: ClassVar[float] = 1
 
@@ -76,7 +82,9 @@ class ScorePairs:
         if self.encoder:
             check_encoder_name(self.encoder, self.encoder_factory)
         files = [name.partition(":")[2] for name in self.scorer]
-        digests = tuple(path_digest(file) for file in files if os.path.isfile(file))
+        if self.encoder:
+            files.append(weights_path(self.encoder, self.root))
+        digests = tuple(path_digest(file) for file in files if file and os.path.exists(file))
         object.__setattr__(self, "weights_sha256", digests)
 
     def tasks(self) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """What can be said of a finished neighbor table, how two differ, and which old ones may go."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,25 +89,50 @@ def check_table(store: Store, folder: str) -> int:
     version = neighbor_tables.read_version(store, folder, is_finished=False)
     shards = layout.list_shards(store)
     held = [_held_keys(store, shard) for shard in shards]
-    everyone = pa.concat_arrays([*held, pa.array([], pa.string())])
+    everyone = _Names(held)
     num_rows = 0
     for shard, own in zip(shards, held, strict=True):
         table = neighbor_tables.read_lists(store, version, shard)
         path = layout.neighbors_path(folder, shard)
         flat = table.column("neighbor_keys").combine_chunks().flatten()
         for what, keys, known in (
-            ("sample", table.column("key"), own),
+            ("sample", table.column("key").combine_chunks(), _Names([own])),
             ("neighbor", flat, everyone),
         ):
-            there = pc.is_in(keys, value_set=known)
-            if not pc.all(there, min_count=0).as_py():
-                stranger = keys.filter(pc.invert(there))[0].as_py()
+            stranger = known.stranger(keys)
+            if stranger is not None:
                 raise DeclipError(
                     f"{path!r} names the {what} {stranger!r}, which no shard holds: the table is "
                     "of other shards; rerun the stage that looks neighbors up, or declip refresh."
                 )
         num_rows += table.num_rows
     return num_rows
+
+
+class _Names:
+    """A set of keys, sorted once and asked for many: see :meth:`stranger`.
+
+    Arrow's ``is_in`` builds its table of all keys anew at every call, so once a shard it is
+    quadratic.
+    """
+
+    def __init__(self, parts: Sequence[pa.Array]) -> None:
+        names = [np.asarray(part.to_pylist(), dtype=_TEXT) for part in parts]
+        self._sorted = np.sort(np.concatenate([np.empty(0, dtype=_TEXT), *names]))
+
+    def stranger(self, keys: pa.Array) -> str | None:
+        """The first of ``keys`` that is none of them; None where all are."""
+        wanted = np.asarray(keys.to_pylist(), dtype=_TEXT)
+        if not len(wanted):
+            return None
+        if not len(self._sorted):
+            return str(wanted[0])
+        places = np.searchsorted(self._sorted, wanted)
+        there = self._sorted[np.minimum(places, len(self._sorted) - 1)] == wanted
+        return None if there.all() else str(wanted[np.argmin(there)])
+
+
+_TEXT = np.dtypes.StringDType()
 
 
 def _held_keys(store: Store, shard: str) -> pa.Array:

@@ -74,6 +74,10 @@ class StoredVectors:
         """Length of a row: twice the encoder's where the side is ``both``."""
         return (self.parts[0].dim if self.parts else 0) * len(side_kinds(self.side))
 
+    def reopened(self) -> "StoredVectors":
+        """The same with no file open."""
+        return StoredVectors(self.store, self.name, self.side, self.parts)
+
     def read(self, start: int, stop: int) -> Half:
         """Rows ``start`` to ``stop`` (not included): float16 (stop - start, dim)."""
         return self.take(np.arange(start, stop, dtype=np.int64))
@@ -152,8 +156,8 @@ class StoredVectors:
             ) from error
         except OSError as error:
             raise DeclipError(
-                f"{path!r} cannot be opened ({error.strerror or error}); give the process more files "
-                "(ulimit -n) or mend the disk, and run the same command again."
+                f"{path!r} cannot be opened ({error.strerror or error}); give the process more "
+                "files (ulimit -n) or mend the disk, and run the same command again."
             ) from error
         if array.shape != (part.num_rows, part.dim) or array.dtype != np.float16:
             raise DeclipError(
