@@ -15,7 +15,7 @@ from declip_filter.growth import (
     stage_append,
 )
 from declip_filter.index import BuildIndex, FillIndex, TrainIndex
-from declip_filter.index_files import info_path, read_info
+from declip_filter.index_files import check_sizes, info_path, read_info
 from declip_shards import DeclipError, Store, layout, manifest, rewrite
 from declip_shards.errors import did_you_mean
 from declip_shards.manifest import FileRecord, Manifest, Receipt, canonical_json
@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-nprobe",
         metavar="N",
         type=int,
-        help="lists that a search may come to look through for the recall target (as many as now)",
+        help="lists (of a graph, nodes: efSearch) that a search may come to look through for the "
+        "recall target (as many as now)",
     )
     for command in (info, append, remove):
         command.add_argument("--out", metavar="FOLDER", required=True, help="folder of the dataset")
@@ -81,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
     store = Store(arguments.out)
     names = _names(store, arguments.name)
     if arguments.command == "info":
-        print("\n\n".join("\n".join(info_lines(store, name)) for name in names))
-        return 0
+        return _show(store, names)
     (name,) = names
     if arguments.command == "append":
         if arguments.max_nprobe is not None and arguments.max_nprobe < 1:
@@ -120,6 +120,24 @@ def _read_keys(name: str) -> set[str]:
     if not keys:
         raise DeclipError(f"{name!r} names no key; write one a line.")
     return keys
+
+
+def _show(store: Store, names: Sequence[str]) -> int:
+    """Print what is said of indexes; 1 where a file of one is missing or damaged, else 0.
+
+    A damaged one does not hide the others.
+    """
+    told, status = [], 0
+    for name in names:
+        lines = []
+        try:
+            lines = info_lines(store, name)
+            check_sizes(store, name, read_info(store, name))
+        except DeclipError as error:
+            lines, status = [*(lines[:1] or [name]), f"  DAMAGED: {error}", *lines[1:]], 1
+        told.append("\n".join(lines))
+    print("\n\n".join(told))
+    return status
 
 
 def info_lines(store: Store, name: str) -> list[str]:
@@ -255,6 +273,7 @@ def growth_lines(growth: Growth) -> list[str]:
         f"{growth.recall_before:.4f}.",
     ]
     if growth.effort != growth.effort_before:
-        lines.append(f"Searches look through {growth.effort} lists now ({growth.effort_before}).")
+        what = "nodes" if growth.index_key.startswith("HNSW") else "lists"
+        lines.append(f"Searches look through {growth.effort} {what} now ({growth.effort_before}).")
     lines.append("What reads the index is out of date now: run declip run again.")
     return lines

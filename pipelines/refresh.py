@@ -348,8 +348,15 @@ def remove_old(store: Store, table: str, keep: int) -> list[str]:
     Returns:
         Their folders.
     """
-    reading = _read_by_training(store, table)
-    going = old_versions(store, table, keep, in_use=reading)
+    from declip_train.tables_in_use import hold_tables
+
+    with hold_tables(store.local_path("train")) as noted:
+        reading = {*_read_by_training(store, table)}
+        if _is_held(store.local_path(TRAIN_LOCK)):
+            reading |= noted.read()
+        going = old_versions(store, table, keep, in_use=reading)
+        for folder in going:  # without its mark no run decides on it any more
+            store.remove(neighbor_tables.version_path(folder))
     for folder in going:
         description = neighbor_tables.read_description(store, folder) or {}
         new_id = folder.partition(neighbor_tables.MARK)[2]

@@ -123,6 +123,28 @@ def test_on_other_embeddings_or_a_damaged_file_nothing_is_built(tmp_path, change
     assert digests(root, "index") == before
 
 
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        (
+            "HNSW8,Flat",
+            r"at efSearch \d+, below .* a broader search \(efSearch\) with --max-nprobe \d",
+        ),
+        ("SQ4", r"\d\), below recall_target 1 .*: nothing was appended; (?!allow)"),
+    ],
+)
+def test_a_refusal_speaks_of_what_the_type_has(tmp_path, key, sentence):
+    root = str(tmp_path)
+    store = build(root, key, choose("00000"), recall_target=0, num_queries=40)
+    path = info_path("captions")
+    info = json.loads(store.read_bytes(path))
+    store.write_bytes(path, json.dumps(info | {"recall_target": 1.0}).encode())
+    write_embeddings(root, {"00001": unit_rows(900, 32, seed=9)})
+    with pytest.raises(DeclipError, match=sentence) as caught:
+        stage_append(store, "captions")
+    assert "nprobe 0" not in str(caught.value)
+
+
 def test_a_graph_grows_at_its_end_only(tmp_path):
     store = build(str(tmp_path), "HNSW8,Flat", choose("00001"))
     write_embeddings(str(tmp_path), SHARDS)

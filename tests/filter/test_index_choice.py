@@ -104,13 +104,16 @@ def test_very_many_lists_are_found_by_a_graph():
 @pytest.mark.parametrize(
     ("key", "sentence"),
     [
-        ("IVF8,Flut", r"index_key is 'IVF8,Flut', which is not taken: it must be a code"),
+        ("IVF8,Flut", r"index_key is 'IVF8,Flut', which is not taken; it must be a code"),
         ("PQ7", r"FAISS does not make for inner products of dimension 64"),
         ("IDMap,Flat", r"'IDMap,Flat', which is not taken"),
         ("IVF8,PQ8x4fs,RFlat", r"which is not taken"),
         ("PQ8x4fs", r"which is not taken"),
         ("IVF8,PQ8x4fs_64", r"without a block size"),
-        ("NSG32,Flat", r"'NSG32,Flat', which is not taken.*or a graph \(HNSW32\); give one of these"),
+        (
+            "NSG32,Flat",
+            r"'NSG32,Flat', which is not taken.*or a graph \(HNSW32\); give one of these",
+        ),
         ("PCA32,HNSW32", r"which is not taken"),
         ("HNSW", r"which is not taken"),
         ("SQ8_direct", r"which is not taken"),
@@ -123,7 +126,9 @@ def test_keys_that_cannot_be_are_refused(key, sentence):
         choose_index(2000, 64, index_type="auto", index_key=key)
 
 
-@pytest.mark.parametrize("transform", ["", "OPQ8_32,", "PCAR32,", "L2norm,PCA32,", "RR32,", "Pad128,"])
+@pytest.mark.parametrize(
+    "transform", ["", "OPQ8_32,", "PCAR32,", "L2norm,PCA32,", "RR32,", "Pad128,"]
+)
 @pytest.mark.parametrize("rest", ["Flat", "SQ4", "PQ8x4np", "IVF4_HNSW8,SQfp16", "IVF4,PQ8x4fsr"])
 def test_every_key_that_is_taken_can_be_sized(transform, rest):
     choice = choose_index(2000, 64, index_type="auto", index_key=transform + rest)

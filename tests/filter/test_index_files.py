@@ -21,6 +21,7 @@ from declip_filter.index_files import (
     pack_rows,
     publish,
     publish_path,
+    read_info,
     rows_path,
     search,
     write_rows,
@@ -105,6 +106,23 @@ def test_info_of_another_version_or_index_is_refused(tmp_path, entry, value, sen
     store.write_bytes(info_path("captions"), json.dumps(info | {entry: value}).encode())
     with pytest.raises(DeclipError, match=sentence):
         load_index(store, "captions")
+
+
+@pytest.mark.parametrize("entry", index_files.REQUIRED)
+def test_info_without_an_entry_is_refused_by_its_name(tmp_path, entry):
+    store = Store(str(tmp_path))
+    info = dict.fromkeys(index_files.REQUIRED, 1) | {"format_version": 1}
+    store.write_bytes(info_path("captions"), json.dumps(info).encode())
+    assert read_info(store, "captions") == info
+    del info[entry]
+    store.write_bytes(info_path("captions"), json.dumps(info).encode())
+    with pytest.raises(DeclipError, match=rf"info.json' has no entry '{entry}', .*; delete the in"):
+        read_info(store, "captions")
+
+
+def test_a_build_writes_every_required_entry(tmp_path):
+    for key in ("Flat", "IVF8,Flat", "HNSW8,Flat"):
+        assert set(index_files.REQUIRED) <= set(read_info(built(str(tmp_path), key), "captions"))
 
 
 def test_what_is_no_index_and_other_rows_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from declip_filter import (
 from declip_filter.captions import normalize_caption
 from declip_filter.embeddings import part_path, read_metadata, read_parts, read_vectors
 from declip_filter.index_files import index_path, info_path, load_index, rows_path
+from declip_filter.optout import drop_from_sidecars
 from declip_shards import DeclipError, layout, neighbor_tables, sidecars
 
 pytestmark = pytest.mark.usefixtures("several_threads")
@@ -295,3 +296,26 @@ def test_embeddings_without_a_row_are_refused(embedded_root, store):
         store.write_bytes(part_path("text", shard), json.dumps(part | {"num_rows": 0}).encode())
     with pytest.raises(DeclipError, match=r"hold 0 samples .selection 'default'.*loosen the filt"):
         run_stage(BuildNeighbors(root=embedded_root, index="", embeddings="text", kind="text_emb"))
+
+
+def test_a_table_without_an_index_stays_one_table_after_an_opt_out(embedded_root, store):
+    """A shard that is made again afterwards belongs to the table of the others."""
+    settings: dict[str, Any] = {"index": "", "embeddings": "text", "kind": "text_emb", "k": 3}
+    stage = BuildNeighbors(root=embedded_root, method="exact", **settings)
+    run_stage(stage)
+    shards = layout.list_shards(store)
+    before = store.read_bytes(neighbor_tables.description_path("captions"))
+    gone = set(list(tables(store))[::9])
+    for shard in shards:
+        for path, data in drop_from_sidecars(store, shard, gone).items():
+            assert data is not None
+            store.write_bytes(path, data)
+    store.remove(layout.neighbors_path("captions", shards[0]))
+    run_stage(stage, [shards[0]])
+    assert store.read_bytes(neighbor_tables.description_path("captions")) == before
+    version = neighbor_tables.read_version(store, "captions")
+    assert sum(len(neighbor_tables.read_lists(store, version, s)) for s in shards) == 72 - len(gone)
+    run_stage(BuildNeighbors(root=embedded_root, method="exact", **settings | {"k": 2}))
+    description = neighbor_tables.read_description(store, "captions")
+    assert description is not None
+    assert (description["k"], description["num_rows"]) == (2, 72 - len(gone))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -9,7 +10,18 @@ import pyarrow as pa
 import pytest
 from stage_runs import HASHING, run_stage
 
-from declip_filter import BuildIndex, BuildNeighbors, EmbedPairs, read_neighbors
+from declip_filter import (
+    BuildIndex,
+    BuildNeighbors,
+    EmbedPairs,
+    FillIndex,
+    PlanFilter,
+    TrainIndex,
+    index_building,
+    index_memory,
+    index_training,
+    read_neighbors,
+)
 from declip_filter.embeddings import read_part, read_vectors
 from declip_filter.index import build_index
 from declip_filter.index_building import part_files
@@ -17,6 +29,7 @@ from declip_filter.index_choice import Choice, check_index_key
 from declip_filter.index_files import build_path, info_path, load_index, search
 from declip_filter.index_training import build_whole
 from declip_filter.knn_graph import ArrayVectors
+from declip_filter.neighbor_graph import BuildGraph, drop_from_graph
 from declip_filter.optout import (
     drop_from_index,
     drop_from_sidecars,
@@ -25,7 +38,8 @@ from declip_filter.optout import (
     recount,
     remove_rows,
 )
-from declip_shards import DeclipError, Store, layout, sidecars
+from declip_shards import DeclipError, Store, TaskStats, layout, sidecars
+from declip_shards.manifest import settings_of
 
 
 def apply(store: Store, changes: dict[str, bytes | None]) -> None:
@@ -288,6 +302,49 @@ def test_figures_are_counted_as_the_stages_count_them(indexed_root, gone):
     assert found["extra"]["num_short"] == sum(length < 4 for length in lengths) > 0
     assert found["extra"]["removed_self"] == 7
     assert recount(store, "SomethingElse", {}, shard, {}, {}) is None
+
+
+def test_figures_that_stay_say_of_how_many_samples_they_are(indexed_root, gone, monkeypatch):
+    """Of a graph, a plan, and an index's training and filling, before and after samples go."""
+    for module in (index_building, index_memory, index_training):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 32)
+    store = Store(indexed_root)
+    own: dict[str, Any] = {"root": indexed_root, "name": "captions"}
+    settings: dict[str, Any] = {
+        "BuildGraph": own | {"method": "graph", "k": 4},
+        "PlanFilter": {"root": indexed_root, "signals": ("basic",)},
+        "TrainIndex": own | {"index_type": "IVF", "nlist": 4, "rows_per_task": 32},
+        "FillIndex": own | {"index_type": "IVF", "nlist": 4, "rows_per_task": 32},
+    }
+    made: dict[str, tuple[str, TaskStats]] = {}
+    for stage in (BuildGraph, PlanFilter, TrainIndex, FillIndex):
+        built = stage(**settings[stage.__name__])
+        made[stage.__name__] = next(iter(run_stage(built).items()))
+        settings[stage.__name__] = settings_of(built, hashed_only=False)
+
+    def again(name: str) -> dict[str, Any]:
+        task, stats = made[name]
+        same = {"num_in": stats.num_in, "num_out": stats.num_out, "reasons": {}}
+        figures = recount(store, name, settings[name], task, stats.extra, {})
+        return {**same, "extra": dict(stats.extra), **(figures or {})}
+
+    before = {name: again(name) for name in made}
+    for name, (_, stats) in made.items():
+        assert before[name]["num_in"] == stats.num_in
+        assert before[name]["extra"] == dict(stats.extra)
+    apply(store, drop_from_graph(store, "captions", gone))
+    drop(store, gone)
+    num = 72 - len(gone)
+    graph = again("BuildGraph")
+    assert (graph["num_in"], graph["num_out"]) == (num, num)
+    assert graph["extra"] == {**made["BuildGraph"][1].extra, "recall measured on": 72}
+    plan = again("PlanFilter")
+    samples = made["PlanFilter"][1].num_in
+    assert plan["num_in"] == samples - len(gone)
+    assert plan["extra"]["counted on"] == samples
+    assert again("TrainIndex")["extra"]["counted on"] == 72
+    filled = again("FillIndex")
+    assert filled["extra"]["counted on"] == filled["num_in"] == made["FillIndex"][1].num_in > 0
 
 
 def test_an_index_of_other_rows_is_refused(indexed_root, gone):

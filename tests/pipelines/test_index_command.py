@@ -1,5 +1,6 @@
 """``declip index``: after an append the index's steps are done, and those that read it are not."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_the_command_says_what_it_did_and_that_there_is_no_more(root, capsys):
     assert "nothing to append" in told(root, "append", capsys)
     assert "trained on 320 rows" in told(root, "info", capsys)
     assert load_index(Store(root), "captions").num_rows == 480
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("index.faiss", r"index.faiss' has \d+ bytes, \d+ were written: it is cut short; delete"),
+        ("rows.parquet", r"rows.parquet' is damaged"),
+        ("info.json", r"info.json' is damaged"),
+        (None, r"index.faiss' is missing; rerun the stage that indexes"),
+    ],
+)
+def test_a_cut_or_missing_file_is_no_healthy_index(root, capsys, file, sentence):
+    folder = Path(root, "index", "captions")
+    if file is None:
+        (folder / "index.faiss").unlink()
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-7])
+    assert main(["info", "--out", root]) == 1
+    text = capsys.readouterr().out
+    assert text.startswith("captions")
+    assert re.search(rf"  DAMAGED: .*{sentence}", text)
 
 
 @pytest.mark.parametrize("moment", ["before the list of moves", "between two moves"])

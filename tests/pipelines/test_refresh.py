@@ -17,8 +17,9 @@ from declip_shards import DeclipError, Store, layout, neighbor_tables, sidecars
 from declip_shards.fakes import write_fake_dataset
 from declip_shards.neighbor_tables import pointer_path, resolve_table
 from declip_train.monitor import read_log
+from declip_train.tables_in_use import hold_tables
 from pipelines.lock import LOCK, TASKS_LOCK, workspace_lock
-from pipelines.refresh import REFRESH_LOCK, TRAIN_LOCK, Outcome, refresh, refresh_hold
+from pipelines.refresh import REFRESH_LOCK, TRAIN_LOCK, Outcome, refresh, refresh_hold, remove_old
 
 if TYPE_CHECKING:
     from tests.filter.stage_runs import HASHING, digests, run_stage
@@ -209,6 +210,18 @@ def test_old_versions_go_when_asked_but_not_what_training_reads(root):
     assert run(root, keep=1, overrides=(*SALTED, ("--neighbors.k", "5"))).removed == [folders[0]]
     assert neighbor_tables.list_versions(store, "captions") == [folders[2]]
     assert resolve_table(store, "captions").folder == folders[2]
+
+
+def test_a_table_that_a_run_has_decided_on_stays_though_no_log_names_it(root):
+    store = Store(str(root))
+    folders = [run(root, overrides=(*SALTED, ("--neighbors.k", str(k)))).folder for k in (2, 3)]
+    with hold_tables(root / "train") as tables:
+        tables.write([folders[0]])
+    with (root / TRAIN_LOCK).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert remove_old(store, "captions", 1) == []
+        assert neighbor_tables.read_version(store, folders[0]).folder == folders[0]
+    assert remove_old(store, "captions", 1) == [folders[0]]  # the note is of a run that has ended
 
 
 def test_who_else_writes_is_asked_for(root):

@@ -16,6 +16,7 @@ from declip_train.epoch_tables import EpochTables
 from declip_train.loader import BatchLoader
 from declip_train.samples import training_samples
 from declip_train.settings import TrainSettings
+from declip_train.tables_in_use import hold_tables
 
 if TYPE_CHECKING:
     from tests.train.training_data import write_embeddings, write_training_data
@@ -111,6 +112,32 @@ def test_a_refresh_between_two_epochs_is_taken_whole_by_the_next(trial):
     assert trial.lines[-1].startswith(
         "epoch 3 reads neighbor table aa of by captions@aa, 8 steps old; "
     )
+
+
+def test_a_decision_is_noted_before_it_is_heard_of(trial):
+    folder = trial.store.local_path("train")
+
+    def noted() -> frozenset[str]:
+        with hold_tables(folder) as tables:
+            return tables.read()
+
+    tables = trial.tables()
+    tables.start(0)
+    assert noted() == {"captions"}
+    for name in ("aa", "bb"):
+        refresh(trial.store, name)
+        tables.decide(tables.last_decided + 1)
+    assert noted() == {"captions", "captions@aa", "captions@bb"}
+    for epoch in range(3):
+        tables.samples_of(epoch)
+    tables.begin(2, 6)
+    tables.decide(3)
+    assert noted() == {"captions", "captions@bb"}
+    state = tables.state(2)
+    refresh(trial.store, "cc")
+    again = trial.tables()
+    again.start(2, state)  # the checkpoint's, though the pointer has gone on
+    assert noted() == {"captions", "captions@bb"}
 
 
 def test_epochs_of_one_step_are_told_apart(tmp_path):

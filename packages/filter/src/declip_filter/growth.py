@@ -377,7 +377,8 @@ def _require_target(
         where = f" at efSearch {effort}"
     if before and (not choice.nlist or effort < choice.nlist):
         most_wanted = min(effort * 4, choice.nlist or effort * 4)
-        deeper = f"allow a deeper search with --max-nprobe {most_wanted}, or "
+        search = "deeper search" if choice.nlist else "broader search (efSearch)"
+        deeper = f"allow a {search} with --max-nprobe {most_wanted}, or "
     raise DeclipError(
         f"with {vectors.num_rows - len(step.new_rows)} rows more, recall@{NUM_NEIGHBORS} is "
         f"{recall.recall:.4f} ({low:.4f} to {high:.4f}){where}, below recall_target "

@@ -121,8 +121,8 @@ _TAKEN = re.compile(
     rf"(?:{_TRANSFORM},)*(?:{_CODE}|IVF\d+(?:_HNSW\d*)?,(?:{_CODE}|PQ\d+x4fsr?))"
     rf"|HNSW\d+(?:,{_CODE})?"
 )
-"""Keys whose index can be sized, filled in parts, searched mapped, and replaced in order: flat codes
-and inverted lists, both behind transforms, and graphs."""
+"""Keys whose index can be sized, filled and searched mapped: flat codes and inverted lists, both
+behind transforms, and graphs."""
 
 
 def make_empty_key(index_key: str, dim: int) -> Any:
@@ -152,8 +152,8 @@ def check_index_key(index_key: str) -> int:
     """
     if not _TAKEN.fullmatch(index_key):
         raise DeclipError(
-            f"index_key is {index_key!r}, which is not taken: it must be a code (Flat, SQ8, SQfp16, "
-            "PQ64), lists of codes (IVF1024,Flat or, with fast scan but without a block size, "
+            f"index_key is {index_key!r}, which is not taken; it must be a code (Flat, SQ8, SQfp16 "
+            "or PQ64), lists of codes (IVF1024,Flat or, with fast scan but without a block size, "
             "IVF1024,PQ64x4fsr), either of them behind transforms (OPQ64_256, PCA256, L2norm), or "
             "a graph (HNSW32); give one of these, or leave it empty to let the stage choose."
         )

@@ -44,6 +44,29 @@ GROUP_ROWS = 131_072
 """Rows of a row group of rows.parquet: what is held at once when it is written or read."""
 REMEDY = "delete the index's folder and rerun the stage that indexes."
 
+REQUIRED = (
+    "index_key",
+    "index_param",
+    "size in bytes",
+    "nb vectors",
+    "vectors dimension",
+    "compression ratio",
+    "recall@10",
+    "recall@10 interval",
+    "recall_target",
+    "num_queries",
+    "nlist",
+    "nprobe",
+    "embeddings",
+    "kind",
+    "encoder",
+    "encoder_digest",
+    "embeddings_sha256",
+    "index_sha256",
+    "rows_sha256",
+)
+"""Entries of info.json in every format."""
+
 ROWS_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -204,7 +227,7 @@ def read_info(store: Store, name: str) -> dict[str, Any]:
     """An index's info.json.
 
     Raises:
-        DeclipError: it is missing, damaged or of a newer format.
+        DeclipError: it is missing, damaged, without a required entry or of a newer format.
     """
     path = info_path(name)
     if not store.exists(path):
@@ -219,6 +242,9 @@ def read_info(store: Store, name: str) -> dict[str, Any]:
             f"index {name!r} is of format {newest}, this version reads up to {FORMAT_VERSION}; "
             "upgrade opendeclip."
         )
+    missing = [entry for entry in REQUIRED if entry not in info]
+    if missing:
+        raise DeclipError(f"{path!r} has no entry {missing[0]!r}, so it is damaged; {REMEDY}")
     return info
 
 
@@ -248,6 +274,28 @@ def load_index(store: Store, name: str, *, mmap: bool = True) -> LoadedIndex:
     return LoadedIndex(faiss_index=index, info=info, keys=keys, shards=shards, captions=captions)
 
 
+def check_sizes(store: Store, name: str, info: Mapping[str, Any]) -> None:
+    """Refuse an index with a file that is missing or cut, without reading the vectors.
+
+    Raises:
+        DeclipError: names the file.
+    """
+    for path in (index_path(name), rows_path(name)):
+        if not store.exists(path):
+            raise DeclipError(f"index {name!r}: {path!r} is missing; rerun the stage that indexes.")
+    _check_size(store, name, info)
+    try:
+        with store.open(rows_path(name)) as f:
+            num_rows = pq.read_metadata(f).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DeclipError(f"{rows_path(name)!r} is damaged ({error}); {REMEDY}") from error
+    if num_rows != info["nb vectors"]:
+        raise DeclipError(
+            f"{rows_path(name)!r} names {num_rows} rows, its info.json says {info['nb vectors']}; "
+            f"{REMEDY}"
+        )
+
+
 def check_index_file(store: Store, name: str, info: Mapping[str, Any]) -> None:
     """Refuse an index file that is cut or changed.
 
@@ -255,14 +303,17 @@ def check_index_file(store: Store, name: str, info: Mapping[str, Any]) -> None:
         DeclipError: names the file.
     """
     path = index_path(name)
-    size = store.size(path)
-    if size != info["size in bytes"]:
-        raise DeclipError(
-            f"{path!r} has {size} bytes, {info['size in bytes']} were written: it is cut short; "
-            f"{REMEDY}"
-        )
+    _check_size(store, name, info)
     if store.sha256(path) != info["index_sha256"]:
         raise DeclipError(f"{path!r} has changed since it was written; {REMEDY}")
+
+
+def _check_size(store: Store, name: str, info: Mapping[str, Any]) -> None:
+    path, written = index_path(name), info["size in bytes"]
+    size = store.size(path)
+    if size != written:
+        what = "is cut short" if size < written else "has grown"
+        raise DeclipError(f"{path!r} has {size} bytes, {written} were written: it {what}; {REMEDY}")
 
 
 def _check_shape(name: str, index: Any, info: Mapping[str, Any], num_names: int) -> None:

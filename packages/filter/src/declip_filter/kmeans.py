@@ -13,13 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from declip_filter.knn_select import Columnwise, Products, largest, pad_columns, run_in_threads
+from declip_filter.knn_select import (
+    MOST_ROWS,
+    Columnwise,
+    Products,
+    largest,
+    pad_columns,
+    run_in_threads,
+)
 
 Labels = npt.NDArray[np.int32]
 ITERATIONS = 4
 SAMPLES_A_CENTER = 32
 TOP_SAMPLES_A_CENTER = 128
-SPLIT_ABOVE = 3
+SPLIT_ABOVE = 20
 """A cluster of more than this many times the wanted size is split again."""
 
 
@@ -34,7 +41,7 @@ class Clusters:
     centers: torch.Tensor
     """float32 (num_clusters, dim), unit length."""
     towns: npt.NDArray[np.int64]
-    """First cluster of each town, and the end: (num_towns + 1,)."""
+    """First cluster of each town, and the end: (num_towns + 1,); of none more than MOST_ROWS."""
     town_centers: torch.Tensor
     """float32 (num_towns, dim), unit length."""
 
@@ -146,7 +153,7 @@ def _split(
             done.append(rows)
             continue
         is_first = False
-        num = max(2, round(len(rows) / size))
+        num = min(MOST_ROWS, max(2, round(len(rows) / size)))
         centers = train_centers(matrix, rows, num, SAMPLES_A_CENTER, generator)
         labels = assign(matrix, rows, centers)
         order = np.argsort(labels, kind="stable")
@@ -165,14 +172,21 @@ def _gather(
 ) -> Clusters:
     clusters = [cluster.sort().values for town in found for cluster in town]
     starts = np.concatenate([[0], np.cumsum([len(cluster) for cluster in clusters])])
-    towns = np.concatenate([[0], np.cumsum([len(town) for town in found])])
+    # A block of products has room for MOST_ROWS centers: a larger town counts as several.
+    pieces = [max(1, -(-len(town) // MOST_ROWS)) for town in found]
+    sizes = [
+        min(MOST_ROWS, len(town) - piece * MOST_ROWS)
+        for town, num in zip(found, pieces, strict=True)
+        for piece in range(num)
+    ]
+    towns = np.concatenate([[0], np.cumsum(sizes)])
     centers = _means(matrix, torch.cat(clusters), starts)
     return Clusters(
         order=torch.cat(clusters).numpy(),
         starts=starts.astype(np.int64),
         centers=normalize(centers),
         towns=towns.astype(np.int64),
-        town_centers=town_centers,
+        town_centers=town_centers.repeat_interleave(torch.tensor(pieces), dim=0),
     )
 
 

@@ -39,6 +39,8 @@ MOST_PROBES = 128
 MOST_ROUNDS = 4
 HOPS = 10
 """Neighbors followed each way in a round."""
+MOST_GRAPH_ROWS = 2**27
+"""What the keys of knn_refine.both_ways have bits for."""
 LEAST_GAIN = 0.004
 """Of recall by a round; less, and clusters are met instead."""
 SAME_SCORE = 1e-5
@@ -100,7 +102,8 @@ def approximate_graph(
             the CPU has it in hardware.
 
     Raises:
-        DeclipError: a setting out of its range, or too little memory allowed.
+        DeclipError: a setting out of its range, too many rows, one that is not finite, or too
+            little memory allowed.
     """
     check_k(k, vectors.num_rows)
     check_groups(groups, vectors.num_rows)
@@ -108,6 +111,11 @@ def approximate_graph(
         raise DeclipError(f"recall_target is {recall_target}; it must be above 0 and at most 1.")
     if num_threads < 1:
         raise DeclipError(f"num_threads is {num_threads}; it must be at least 1.")
+    if vectors.num_rows > MOST_GRAPH_ROWS:
+        raise DeclipError(
+            f"there are {vectors.num_rows} vectors; a graph takes at most {MOST_GRAPH_ROWS}: take "
+            "fewer rows, or use an index."
+        )
     if vectors.num_rows < max(EXACT_BELOW, 4 * k):
         everyone = np.arange(vectors.num_rows, dtype=np.int64)
         return exact_neighbors(vectors, everyone, k, groups=groups)

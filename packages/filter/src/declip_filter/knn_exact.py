@@ -80,7 +80,8 @@ def exact_neighbors(
             that of float32 each time.
 
     Raises:
-        DeclipError: a setting out of its range, or a device that torch does not have.
+        DeclipError: a setting out of its range, a device that torch does not have, or a row met
+            that is not finite.
     """
     check_k(k, vectors.num_rows)
     check_groups(groups, vectors.num_rows)
@@ -154,6 +155,8 @@ def _search(
             own = torch.from_numpy(block).to(scan.device)
             near, cut = _scan_block(asked, own, chunk, first, scan, groups)
             exact = _score(asked, chunk, near - first)
+            if not bool((exact < torch.inf).all()):
+                raise _not_finite(asked, own, near[~(exact < torch.inf)])
             found_scores, found_ids = order_lists(
                 torch.cat([scores[here].to(scan.device), exact], dim=1),
                 torch.cat([ids[here].to(scan.device), near], dim=1),
@@ -170,8 +173,18 @@ def _search(
     return scores.numpy(), ids.numpy(), certain.numpy()
 
 
+def _not_finite(asked: torch.Tensor, own: torch.Tensor, near: torch.Tensor) -> DeclipError:
+    """What to say of a block with scores that are none: of which row they are."""
+    bad = own[~asked.isfinite().all(dim=1)]
+    row = int(bad[0] if len(bad) else near[0])
+    return DeclipError(
+        f"row {row} of the vectors is not finite; leave it out, or embed its sample again."
+    )
+
+
 def _to_device(rows: Floats, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    # Copied where it cannot be written to (a mapped file): torch has no such tensors, and warns.
+    return torch.from_numpy(np.require(rows, requirements=["C", "W"])).to(device)
 
 
 def _chunks(vectors: Matrix, scan: _Scan) -> Iterator[tuple[int, torch.Tensor]]:

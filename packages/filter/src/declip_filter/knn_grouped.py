@@ -33,7 +33,7 @@ MEMBERS_OF_GROUP = 4
 """Most members of one group that stand in a cluster as candidates: a list holds one."""
 MET_TOWNS = 8
 """Towns whose clusters a row meets, to find its nearest clusters."""
-SCAN_BYTES = 64 * 2**20
+SCAN_BYTES = 256 * 2**20
 """Of the candidates before selection; rows are scanned so many at once."""
 
 

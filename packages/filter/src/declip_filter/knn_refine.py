@@ -16,7 +16,7 @@ from declip_filter.knn_grouped import Candidates, first_of_groups
 from declip_filter.knn_select import LIFT, MISSING, Columnwise, largest, run_in_threads
 
 BLOCK_ROWS = 8
-BLOCKS_AT_ONCE = 16
+BLOCKS_AT_ONCE = 8
 NOBODY = np.iinfo(np.int32).max
 
 

@@ -140,7 +140,8 @@ def project_rows(vectors: Matrix, space: Space) -> torch.Tensor:
     projected = torch.zeros(vectors.num_rows + MOST_ROWS, space.dim, dtype=space.dtype)
     for start in range(0, vectors.num_rows, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, vectors.num_rows)
-        rows = torch.from_numpy(np.ascontiguousarray(vectors.read(start, stop)))
+        # Copied where it cannot be written to, as in exact search.
+        rows = torch.from_numpy(np.require(vectors.read(start, stop), requirements=["C", "W"]))
         projected[start:stop] = space.project(rows)
     return projected
 

@@ -36,6 +36,10 @@ FORMAT_VERSION = 1
 """Of graph.json; a reader refuses a higher one."""
 
 
+RECALL_MEASURED_ON = "recall measured on"
+"""Entry of graph.json: rows when it was made, where an opt-out has taken some since."""
+
+
 def graph_path(table: str) -> str:
     return f"neighbors/{table}/graph/ids.npy"
 
@@ -245,7 +249,7 @@ def drop_from_graph(store: Store, name: str, keys: Collection[str]) -> dict[str,
     data = _packed(_without(ids, kept))
     left = [key for key in names if key not in gone]
     info |= {
-        "recall measured on": info.get("recall measured on", info["num_rows"]),
+        RECALL_MEASURED_ON: info.get(RECALL_MEASURED_ON, info["num_rows"]),
         "num_rows": len(left),
         "rows_sha256": _rows_digest(info["encoder_digest"], info["side"], left),
         "ids_sha256": hashlib.sha256(data).hexdigest(),

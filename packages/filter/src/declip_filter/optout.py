@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 
 from declip_filter.embedding_files import NOT_FINITE
 from declip_filter.embeddings import METADATA_SCHEMA, part_path, read_part, read_parts
-from declip_filter.index_building import part_files, stored_sizes
+from declip_filter.index_building import CHOICE, part_files, stored_sizes
 from declip_filter.index_files import (
     ROWS_SCHEMA,
+    build_path,
     index_path,
     info_path,
     load_faiss,
@@ -40,6 +41,8 @@ from declip_filter.index_files import (
 )
 from declip_filter.index_lists import entries_of, has_lists, inner_index, refilled, renumbered
 from declip_filter.index_training import ROWS_AT_ONCE, one_thread
+from declip_filter.neighbor_graph import RECALL_MEASURED_ON, graph_info_path
+from declip_filter.plan_files import plan_path
 from declip_filter.selection import selected_keys
 from declip_shards import DeclipError, Store, layout, sidecars
 from declip_shards.manifest import canonical_json
@@ -304,7 +307,7 @@ def recount(
         changes: files that are about to be written and count as they will be.
 
     Returns:
-        The figures; None for a stage that is not of this package.
+        The figures that change; None where none does, or the stage is not of this package.
     """
     if stage in ("MeasureImages", "ScorePairs"):
         num = sidecars.num_rows(store, layout.signals_path(settings["name"], task))
@@ -332,9 +335,58 @@ def recount(
         num = int(info["nb vectors"])
         measured = {"recall measured on": info[BUILT_AS]["nb vectors"]} if BUILT_AS in info else {}
         return _figures(num, num, {}, {**extra, **measured})
+    if stage == "BuildGraph":
+        return _recount_graph(store, settings["name"], extra, changes)
     if stage == "BuildNeighbors":
         return _recount_neighbors(store, settings, task, extra)
+    if stage == "PlanFilter":
+        return _recount_plan(store, settings, extra)
+    if stage in ("TrainIndex", "FillIndex"):
+        return _noted_training(store, settings, stage, task, extra)
     return None
+
+
+COUNTED_ON = "counted on"
+"""Entry of a receipt: samples that its figures were counted on, where an opt-out has taken some."""
+
+
+def _recount_graph(
+    store: Store, name: str, extra: Mapping[str, Any], changes: Mapping[str, bytes | None]
+) -> Figures:
+    """As many rows as the graph has; width and recall stay those of its making."""
+    path = graph_info_path(name)
+    info = json.loads(changes.get(path) or store.read_bytes(path))
+    num, measured = int(info["num_rows"]), RECALL_MEASURED_ON
+    return _figures(num, num, {}, {**extra, **{k: info[k] for k in (measured,) if k in info}})
+
+
+def _recount_plan(
+    store: Store, settings: Mapping[str, Any], extra: Mapping[str, Any]
+) -> Figures | None:
+    """As many samples as there are; what the plan kept of how many stays, and is said to."""
+    name = settings["signals"][0]
+    paths = [layout.signals_path(name, shard) for shard in layout.list_shards(store)]
+    try:
+        num = sum(sidecars.num_rows(store, path) for path in paths)
+    except (OSError, pa.ArrowInvalid):
+        return None  # the step that measures has to run again, and then this one has, too
+    planned = int(json.loads(store.read_bytes(plan_path(settings["name"])))["num_samples"])
+    return _figures(num, num, {}, {**extra, **({COUNTED_ON: planned} if planned != num else {})})
+
+
+def _noted_training(
+    store: Store, settings: Mapping[str, Any], stage: str, task: str, extra: Mapping[str, Any]
+) -> Figures | None:
+    """Training and filling stay as they were done, and say of how many rows that was."""
+    about = json.loads(store.read_bytes(build_path(settings["name"], CHOICE)))
+    parts = read_parts(store, settings["embeddings"], layout.list_shards(store))
+    num_done = int(about["num_rows"])
+    if num_done == sum(part.num_rows for part in parts):
+        return None
+    if stage == "FillIndex":
+        group = json.loads(store.read_bytes(build_path(settings["name"], f"{task}.json")))
+        num_done = int(group["stop"]) - int(group["start"])
+    return {"extra": {**extra, COUNTED_ON: num_done}}
 
 
 def _figures(num_in: int, num_out: int, reasons: Mapping[str, int], extra: Any) -> Figures:

@@ -1,7 +1,7 @@
 """What can be said of a finished neighbor table, how two differ, and which old ones may go."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,50 +89,56 @@ def check_table(store: Store, folder: str) -> int:
     version = neighbor_tables.read_version(store, folder, is_finished=False)
     shards = layout.list_shards(store)
     held = [_held_keys(store, shard) for shard in shards]
-    everyone = _Names(held)
+    neighbors = _Asked("neighbor", pa.concat_arrays([*held, pa.array([], pa.string())]))
     num_rows = 0
     for shard, own in zip(shards, held, strict=True):
         table = neighbor_tables.read_lists(store, version, shard)
         path = layout.neighbors_path(folder, shard)
-        flat = table.column("neighbor_keys").combine_chunks().flatten()
-        for what, keys, known in (
-            ("sample", table.column("key").combine_chunks(), _Names([own])),
-            ("neighbor", flat, everyone),
-        ):
-            stranger = known.stranger(keys)
-            if stranger is not None:
-                raise DeclipError(
-                    f"{path!r} names the {what} {stranger!r}, which no shard holds: the table is "
-                    "of other shards; rerun the stage that looks neighbors up, or declip refresh."
-                )
+        samples = _Asked("sample", own)
+        samples.ask(path, table.column("key").combine_chunks())
+        samples.answer()
+        neighbors.ask(path, table.column("neighbor_keys").combine_chunks().flatten())
         num_rows += table.num_rows
+    neighbors.answer()
     return num_rows
 
 
-class _Names:
-    """A set of keys, sorted once and asked for many: see :meth:`stranger`.
+class _Asked:
+    """Keys that must be known, collected until there are as many as known ones.
 
-    Arrow's ``is_in`` builds its table of all keys anew at every call, so once a shard it is
-    quadratic.
+    Arrow's ``is_in`` hashes all that is known at every call: once a shard, that is quadratic.
     """
 
-    def __init__(self, parts: Sequence[pa.Array]) -> None:
-        names = [np.asarray(part.to_pylist(), dtype=_TEXT) for part in parts]
-        self._sorted = np.sort(np.concatenate([np.empty(0, dtype=_TEXT), *names]))
+    def __init__(self, what: str, known: pa.Array) -> None:
+        self._what, self._known = what, known
+        self._waiting: list[tuple[str, pa.Array]] = []
 
-    def stranger(self, keys: pa.Array) -> str | None:
-        """The first of ``keys`` that is none of them; None where all are."""
-        wanted = np.asarray(keys.to_pylist(), dtype=_TEXT)
-        if not len(wanted):
-            return None
-        if not len(self._sorted):
-            return str(wanted[0])
-        places = np.searchsorted(self._sorted, wanted)
-        there = self._sorted[np.minimum(places, len(self._sorted) - 1)] == wanted
-        return None if there.all() else str(wanted[np.argmin(there)])
+    def ask(self, path: str, keys: pa.Array) -> None:
+        """Check the keys that the file at ``path`` names, at once or with later ones."""
+        self._waiting.append((path, keys))
+        if sum(len(each) for _, each in self._waiting) >= len(self._known):
+            self.answer()
 
+    def answer(self) -> None:
+        """Check what waits.
 
-_TEXT = np.dtypes.StringDType()
+        Raises:
+            DeclipError: names the file and the first key in it that is not known.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        there = pc.is_in(pa.chunked_array([keys for _, keys in waiting]), value_set=self._known)
+        if pc.all(there, min_count=0).as_py():
+            return
+        for path, keys in waiting:
+            strangers = keys.filter(pc.invert(pc.is_in(keys, value_set=self._known)))
+            if len(strangers):
+                raise DeclipError(
+                    f"{path!r} names the {self._what} {strangers[0].as_py()!r}, which no shard "
+                    "holds: the table is of other shards; rerun the stage that looks neighbors "
+                    "up, or declip refresh."
+                )
 
 
 def _held_keys(store: Store, shard: str) -> pa.Array:

@@ -20,7 +20,10 @@ from declip_shards.neighbor_tables import TableVersion
 from declip_train.distributed import rank, world_size
 from declip_train.samples import TrainingSamples, embeddings_with, uses_stored, with_table
 from declip_train.settings import TrainSettings
+from declip_train.tables_in_use import hold_tables
 
+FOLDER = "train"
+"""Of the dataset: where a run writes."""
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -68,6 +71,7 @@ class EpochTables:
         self._history: list[tuple[int, str]] = []
         self._refused = ""
         self._last = self._own
+        self._begun = -1
 
     # Main thread ---------------------------------------------------------------------------------
 
@@ -109,10 +113,19 @@ class EpochTables:
 
     def _agree(self, choose: Callable[[], TableVersion | None]) -> TableVersion | None:
         """What process 0 chooses, on every process."""
-        chosen: list[TableVersion | None] = [choose() if rank() == 0 else None]
+        chosen: list[TableVersion | None] = [self._noted(choose) if rank() == 0 else None]
         if world_size() > 1:
             dist.broadcast_object_list(chosen, src=0)
         return chosen[0]
+
+    def _noted(self, choose: Callable[[], TableVersion | None]) -> TableVersion | None:
+        """What is chosen, noted before anybody hears of it: a refresh may not remove it then."""
+        with hold_tables(self._store.local_path(FOLDER)) as tables:
+            version = choose()
+            reading = [v for epoch, v in self._decided.items() if epoch >= self._begun]
+            wanted = [self._own, self._last, *reading, *([version] if version else [])]
+            tables.write({each.folder for each in wanted})
+        return version
 
     def _same_again(self, state: Mapping[str, Any]) -> TableVersion | None:
         """The table of a checkpoint; None where it is gone."""
@@ -221,7 +234,7 @@ class EpochTables:
 
     def begin(self, epoch: int, step: int) -> None:
         """Take note that an epoch's first batch is trained on now, and say which table it reads."""
-        use = self.use_of(epoch)
+        use, self._begun = self.use_of(epoch), epoch
         if self._history and self._history[-1][1] == use.version.id:
             return
         self._history.append((epoch, use.version.id))
