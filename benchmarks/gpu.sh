@@ -29,7 +29,8 @@ check() { # a title, a limit in seconds, and a command
     --precision amp_bf16 --methods clip slip filip declip defilip --json "$out/$name-step.json"
   check "step, bf16, compiled" 150 "$python" benchmarks/step.py --device cuda --batch 1024 \
     --rounds 10 --precision amp_bf16 --compile --json "$out/$name-step-compiled.json"
-  check "DeepSpeed" 90 "$python" benchmarks/deepspeed_overhead.py --ranks 1 --model ViT-B-32
+  check "exact neighbors" 120 "$python" benchmarks/knn_gpu.py --json "$out/$name-knn.json"
+  check "DeepSpeed" 60 "$python" benchmarks/deepspeed_overhead.py --ranks 1 --model ViT-B-32
   exit "$status"
 } 2>&1 | tee "$out/$name.txt"
 exit "${PIPESTATUS[0]}"

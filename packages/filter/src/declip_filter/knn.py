@@ -151,7 +151,7 @@ def _choose_space(
                 "index."
             )
         projected = project_rows(vectors, space)
-        kept = shares_kept(projected, sample.rows, sample.ids, widths)
+        kept = shares_kept(projected, sample.rows, sample.ids, widths, sample.offset)
         logger.info("neighbor graph: %d columns keep %s", space.dim, np.round(kept, 3).tolist())
         for width, share in zip(widths, kept, strict=True):
             if share >= 1 - (1 - recall_target) / SHARE_FOR_SPACE:
@@ -243,7 +243,7 @@ class _Search:
         for _ in range(MOST_ROUNDS):
             if recall >= recall_target:
                 break
-            near = refine(
+            refined = refine(
                 self.matrix,
                 near,
                 num_hops=min(HOPS, near.shape[1]),
@@ -251,8 +251,10 @@ class _Search:
                 groups=self.groups,
                 num_threads=self.num_threads,
             )
-            before, recall = recall, self._recall(near)
-            if recall - before < LEAST_GAIN:
+            before, after = recall, self._recall(refined)
+            if after > before:  # of very long lists a round finds less than it began with
+                near, recall = refined, after
+            if after - before < LEAST_GAIN:
                 break
         return near, recall
 

@@ -96,7 +96,11 @@ def candidate_spaces(
 
 
 def shares_kept(
-    projected: torch.Tensor, queries: Rows, true: Rows, widths: Sequence[int]
+    projected: torch.Tensor,
+    queries: Rows,
+    true: Rows,
+    widths: Sequence[int],
+    offset: float = 0.0,
 ) -> list[float]:
     """Share of rows' true neighbors among their best candidates in a space: what a scan can reach.
 
@@ -105,10 +109,11 @@ def shares_kept(
         queries: (some,).
         true: their neighbors, (some, k), -1 where there are fewer.
         widths: how many candidates are kept, rising; one share each.
+        offset: about what a neighbor scores.
     """
     num_candidates = widths[-1]
     num_rows = projected.shape[0] - MOST_ROWS
-    products = Products(projected.dtype, projected.shape[1])
+    products = Products(projected.dtype, projected.shape[1], offset)
     asked = torch.from_numpy(queries)
     best = np.empty((len(queries), 0), dtype=np.int32)
     ids = np.empty((len(queries), 0), dtype=np.int64)
