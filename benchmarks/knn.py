@@ -364,7 +364,7 @@ def curve(file: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]
     """Ours over growing parts of one set, seconds = a * rows ** b fitted by least squares."""
     rows = np.load(file, mmap_mode="r")
     points = []
-    for size in (size for size in CURVE if size <= len(rows)):
+    for size in sorted({min(size, len(rows)) for size in CURVE}):
         part = folder / "part.npy"
         np.save(part, rows[:size])
         queries, truth = find_truth(part)
@@ -419,6 +419,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--curve", metavar="NAME", default="", help="set of the curve; else the first"
     )
+    parser.add_argument("--curve-vectors", type=Path, help="rows of the curve, instead")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one method")
     parser.add_argument("--out", type=Path, default=RESULTS)
     for hidden in ("--worker", "--file", "--truth-file"):
@@ -459,6 +460,9 @@ def main() -> int:
             results["sets"][name] = compare(name, file, folder, given)
             given.out.write_text(json.dumps(results, indent=2) + "\n")
         chosen = given.curve or next(iter(sets))
+        if given.curve_vectors:
+            chosen = given.curve_vectors.stem
+            sets[chosen] = given.curve_vectors
         results["curve"] = {"set": chosen} | curve(sets[chosen], folder, given)
         given.out.write_text(json.dumps(results, indent=2) + "\n")
     print(table_text(results))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from index_rows import unit_rows
 
+from declip_filter import kmeans
 from declip_filter.kmeans import SPLIT_ABOVE, Clusters, assign, cluster_rows, nearest_centers
 from declip_filter.knn_graph import ArrayVectors
 from declip_filter.knn_select import MOST_ROWS
@@ -20,10 +21,13 @@ def matrix_of(rows: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Ten
 def check_partition(clusters: Clusters, num_rows: int) -> None:
     assert np.array_equal(np.sort(clusters.order), np.arange(num_rows))
     sizes = np.diff(clusters.starts)
-    assert clusters.starts[0] == 0 and clusters.starts[-1] == num_rows
+    assert clusters.starts[0] == 0
+    assert clusters.starts[-1] == num_rows
     assert (sizes > 0).all()
-    assert clusters.towns[0] == 0 and clusters.towns[-1] == clusters.num_clusters
-    assert (np.diff(clusters.towns) >= 0).all() and np.diff(clusters.towns).max() <= MOST_ROWS
+    assert clusters.towns[0] == 0
+    assert clusters.towns[-1] == clusters.num_clusters
+    assert (np.diff(clusters.towns) >= 0).all()
+    assert np.diff(clusters.towns).max() <= MOST_ROWS
     assert len(clusters.town_centers) == len(clusters.towns) - 1
     assert len(clusters.centers) == clusters.num_clusters
     for start, stop in zip(clusters.starts[:-1], clusters.starts[1:], strict=True):
@@ -68,12 +72,14 @@ def test_equal_rows_are_dealt_out():
     assert np.diff(clusters.starts).max() <= SPLIT_ABOVE * SIZE
 
 
-def test_a_town_of_more_clusters_than_a_block_holds_counts_as_several():
+def test_a_town_of_more_clusters_than_a_block_holds_counts_as_several(monkeypatch):
     """As where a million rows of many have (nearly) the same text: one town gets them all."""
-    num = MOST_ROWS + 1000
+    monkeypatch.setattr(kmeans, "MOST_ROWS", 100)
+    num = 1030
     clusters = cluster_rows(matrix_of(np.repeat(unit_rows(1, 24), num, axis=0)), num, 1, 0)
     check_partition(clusters, num)
     assert clusters.num_clusters == num
+    assert np.diff(clusters.towns).max() == 100
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -1,7 +1,6 @@
-"""The fast graph: what its lists are, that nothing but the seed changes them, and what it refuses."""
+"""The fast graph: what its lists are, that only the seed changes them, and what it refuses."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ NUM, DIM, K = 6000, 32, 10
 
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
-    return unit_rows(NUM, DIM, num_centers=60)
+    return np.asarray(unit_rows(NUM, DIM, num_centers=60))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,9 @@ def graph(rows: np.ndarray) -> Graph:
 
 def true_scores(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
     wide = rows.astype(np.float64)
-    return np.where(ids < 0, -np.inf, np.einsum("rd,rkd->rk", wide, wide[ids]))
+    products: np.ndarray = np.einsum("rd,rkd->rk", wide, wide[ids])
+    products[ids < 0] = -np.inf
+    return products
 
 
 def share_found(graph: Graph, exact: Graph) -> float:
@@ -61,9 +62,11 @@ def test_the_set_is_large_enough_for_the_fast_way():
 
 def test_lists_are_sorted_true_scores_of_others(graph, rows):
     check_lists(graph, rows)
-    assert graph.ids.shape == (NUM, K) and graph.ids.dtype == np.int64
+    assert graph.ids.shape == (NUM, K)
+    assert graph.ids.dtype == np.int64
     assert graph.scores.dtype == np.float32
-    assert graph.num_rows == NUM and graph.k == K
+    assert graph.num_rows == NUM
+    assert graph.k == K
 
 
 def test_the_target_is_reached_against_exact_search(graph, exact):
@@ -71,13 +74,13 @@ def test_the_target_is_reached_against_exact_search(graph, exact):
 
 
 @pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16])
-def test_both_scans_reach_the_target(scan_dtype, rows, exact):
-    graph = approximate_graph(ArrayVectors(rows), K, scan_dtype=scan_dtype)
+def test_both_scans_reach_the_target_at_another_seed(scan_dtype, rows, exact):
+    graph = approximate_graph(ArrayVectors(rows), K, scan_dtype=scan_dtype, seed=5)
     check_lists(graph, rows)
     assert share_found(graph, exact) >= 0.95
 
 
-@pytest.mark.parametrize("target", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("target", [0.9])
 def test_the_recall_told_is_the_recall_within_its_error(target, exact, rows, monkeypatch):
     """Few probes at first, so that graphs of poor recall are judged too."""
     monkeypatch.setattr(knn, "FIRST_PROBES", 1)
@@ -98,7 +101,7 @@ def test_more_is_reached_where_more_is_asked(rows, exact, monkeypatch):
     assert high >= 0.98
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, 3])
 def test_any_number_of_threads_gives_the_same_bytes(num_threads, graph, rows):
     again = approximate_graph(ArrayVectors(rows), K, num_threads=num_threads)
     assert again.ids.tobytes() == graph.ids.tobytes()
@@ -112,13 +115,7 @@ def test_torch_has_its_threads_back(rows):
     assert torch.get_num_threads() == before
 
 
-def test_another_seed_may_differ_but_reaches_the_target_too(rows, exact):
-    graph = approximate_graph(ArrayVectors(rows), K, seed=5)
-    check_lists(graph, rows)
-    assert share_found(graph, exact) >= 0.95
-
-
-@pytest.mark.parametrize("gib", [1.008, 8.0])
+@pytest.mark.parametrize("gib", [1.008])
 def test_less_memory_gives_the_same_graph(gib, graph, rows):
     """At the lower limit vectors are read again where lists are scored."""
     again = approximate_graph(ArrayVectors(rows), K, max_memory_gib=gib)
@@ -127,8 +124,9 @@ def test_less_memory_gives_the_same_graph(gib, graph, rows):
 
 
 def test_groups_are_kept_apart(rows):
-    groups = np.random.default_rng(3).integers(0, 400, NUM) * 10**12 - 5
-    wanted = exact_neighbors(ArrayVectors(rows), np.arange(NUM), K, groups=groups)
+    rows = rows[: knn.EXACT_BELOW]
+    groups = np.random.default_rng(3).integers(0, 400, len(rows)) * 10**12 - 5
+    wanted = exact_neighbors(ArrayVectors(rows), np.arange(len(rows)), K, groups=groups)
     graph = approximate_graph(ArrayVectors(rows), K, groups=groups)
     check_lists(graph, rows)
     named = groups[graph.ids]
@@ -139,16 +137,18 @@ def test_groups_are_kept_apart(rows):
 
 
 def test_equal_rows_fill_their_lists():
-    rows = np.repeat(unit_rows(40, DIM), 150, axis=0)
+    rows = np.repeat(unit_rows(40, DIM), 105, axis=0)
     graph = approximate_graph(ArrayVectors(rows), K)
     check_lists(graph, rows)
     assert np.allclose(graph.scores, 1, atol=2e-3)
     assert graph.recall == 1
 
 
-def test_two_groups_of_equal_rows_give_lists_of_one():
-    rows = np.repeat(unit_rows(1, DIM), NUM, axis=0)
-    groups = np.arange(NUM) // 3000
+def test_two_groups_of_equal_rows_give_lists_of_one(monkeypatch):
+    monkeypatch.setattr(knn, "EXACT_BELOW", 1000)
+    num = 1200
+    rows = np.repeat(unit_rows(1, DIM), num, axis=0)
+    groups = np.arange(num) // (num // 2)
     graph = approximate_graph(ArrayVectors(rows), K, groups=groups)
     assert ((graph.ids >= 0).sum(axis=1) == 1).all()
     assert (groups[graph.ids[:, 0]] != groups).all()
@@ -173,7 +173,8 @@ def test_what_is_not_reached_is_said(caplog):
         patch.setattr(knn, "FIRST_PROBES", 1)
         patch.setattr(knn, "MOST_ROUNDS", 0)
         graph = approximate_graph(ArrayVectors(rows), K)
-    assert graph.recall is not None and graph.recall < 0.9
+    assert graph.recall is not None
+    assert graph.recall < 0.9
     assert "below the target of 0.95" in caplog.text
     assert "use exact search or a lower target" in caplog.text
 
@@ -188,7 +189,8 @@ def test_a_round_never_makes_lists_worse(rows, monkeypatch):
         return told[-1]
 
     monkeypatch.setattr(knn._Search, "_recall", spy)
-    graph = approximate_graph(ArrayVectors(rows), 200)
+    monkeypatch.setattr(knn, "MOST_PROBES", knn.FIRST_PROBES)
+    graph = approximate_graph(ArrayVectors(rows[: knn.EXACT_BELOW]), 200)
     assert min(told) < max(told) == graph.recall
 
 
@@ -198,8 +200,12 @@ class Unread:
 
     num_rows: int
     dim: int
-    read: Callable[..., np.ndarray] | None = None
-    take: Callable[..., np.ndarray] | None = None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        raise AssertionError("refused before anything is read")
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        raise AssertionError("refused before anything is read")
 
 
 def test_more_rows_than_keys_have_bits_for_are_refused():

@@ -46,7 +46,9 @@ def test_array_vectors_are_the_array():
     assert np.array_equal(vectors.take(np.asarray([3, 0, 3])), array[[3, 0, 3]])
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 3)), np.zeros(3, np.float32), np.zeros((2, 3), int)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 3)), np.zeros(3, np.float32), np.zeros((2, 3), int)]
+)
 def test_other_arrays_are_refused(array):
     with pytest.raises(DeclipError, match="give float16 or float32 of shape"):
         ArrayVectors(array)

@@ -15,9 +15,16 @@ from declip_filter.kmeans import cluster_rows
 from declip_filter.knn_exact import exact_neighbors, number_groups
 from declip_filter.knn_graph import ArrayVectors, Graph, Matrix, Rows, check_groups, check_k
 from declip_filter.knn_grouped import Candidates, scan_clusters
-from declip_filter.knn_refine import refine
+from declip_filter.knn_refine import add_reverse, refine
 from declip_filter.knn_rerank import StoredRows, rank_lists
-from declip_filter.knn_space import Space, candidate_spaces, project_rows, shares_kept, sort_rows
+from declip_filter.knn_space import (
+    LEAST_OFFSET,
+    Space,
+    candidate_spaces,
+    project_rows,
+    shares_kept,
+    sort_rows,
+)
 from declip_shards import DeclipError
 
 __all__ = ["ArrayVectors", "Graph", "Matrix", "Rows", "approximate_graph", "exact_neighbors"]
@@ -66,7 +73,7 @@ class _Sample:
     def offset(self) -> float:
         """A typical last neighbor's score."""
         finite = self.last_scores[np.isfinite(self.last_scores)]
-        return float(np.median(finite)) if len(finite) else 0.0
+        return max(LEAST_OFFSET, float(np.median(finite)) if len(finite) else 0.0)
 
 
 def approximate_graph(
@@ -227,7 +234,7 @@ class _Search:
         return replace(self._rank(near), recall=recall)
 
     def _scan(self, num_probes: int) -> Candidates:
-        return scan_clusters(
+        near, scores = scan_clusters(
             self.matrix,
             self.clusters,
             num_probes,
@@ -236,6 +243,7 @@ class _Search:
             groups=self.groups,
             num_threads=self.num_threads,
         )
+        return add_reverse(near, scores) if self.groups is None else near
 
     def _refine(self, near: Candidates, recall_target: float) -> tuple[Candidates, float]:
         """Rounds until the target, or until one gains little."""

@@ -17,6 +17,7 @@ from declip_filter.knn_select import (
     LEAST_KEY,
     MISSING,
     MOST_ROWS,
+    Coarse,
     Columnwise,
     Keys,
     Products,
@@ -92,8 +93,8 @@ def scan_clusters(
     groups: npt.NDArray[np.int32] | None = None,
     offset: float = 0.0,
     num_threads: int = 1,
-) -> Candidates:
-    """The best candidates of each row among the members of its nearest clusters.
+) -> tuple[Candidates, Coarse]:
+    """The best candidates of each row among the members of its nearest clusters, and their scores.
 
     Which clusters those are is found in the same way: each row against the clusters of its
     nearest towns.
@@ -108,7 +109,8 @@ def scan_clusters(
         num_threads: threads.
 
     Returns:
-        int32 (num_rows, num_candidates), never the row itself.
+        int32 (num_rows, num_candidates), never the row itself, and coarse scores less the offset,
+        float32 of the same shape, -inf where there are fewer.
     """
     members = choose_members(matrix, clusters, groups)
     centers = Members(
@@ -118,23 +120,27 @@ def scan_clusters(
     )
     num_rows = len(clusters.order)
     num_probes = min(num_probes, clusters.num_clusters)
-    num_towns = max(MET_TOWNS, -(-2 * num_probes * (len(clusters.towns) - 1) // clusters.num_clusters))
+    num_towns = max(
+        MET_TOWNS, -(-2 * num_probes * (len(clusters.towns) - 1) // clusters.num_clusters)
+    )
     towns = nearest_centers(matrix, num_rows, clusters.town_centers, num_towns, num_threads)
     found = np.full((num_rows, num_candidates), -1, dtype=np.int32)
+    scores = np.full((num_rows, num_candidates), -np.inf, dtype=np.float32)
     part = max(1024, SCAN_BYTES // (max(num_probes, num_towns) * KEPT_OF_CLUSTER * 4))
     buffer = np.empty(min(part, num_rows) * max(num_probes, num_towns) * KEPT_OF_CLUSTER, np.int32)
     for start in range(0, num_rows, part):
         stop = min(start + part, num_rows)
         near = np.full((stop - start, num_probes), -1, dtype=np.int32)
-        for asked, answered, told, is_last in (
-            (towns[start:stop], centers, near, False),
-            (near, members, found[start:stop], True),
+        met = np.empty((stop - start, num_probes), dtype=np.float32)
+        for asked, answered, told, valued, is_last in (
+            (towns[start:stop], centers, near, met, False),
+            (near, members, found[start:stop], scores[start:stop], True),
         ):
             kept = min(KEPT_OF_CLUSTER, told.shape[1] + is_last)
             wanted = _Part(asked, start, offset * is_last, num_threads, kept, is_last)
             keys = _scan_part(matrix, answered, wanted, groups if is_last else None, buffer)
-            _keep_best(keys, answered, wanted, told, groups if is_last else None)
-    return found
+            _keep_best(keys, answered, wanted, told, valued, groups if is_last else None)
+    return found, scores
 
 
 @dataclass(frozen=True)
@@ -204,9 +210,10 @@ def _keep_best(
     members: Members,
     part: _Part,
     found: Candidates,
+    scores: Coarse,
     groups: npt.NDArray[np.int32] | None,
 ) -> None:
-    """The best of each row's keys into ``found``, itself and worse of a group left out."""
+    """The best of each row's keys into ``found``, without itself and the worse of a group."""
     width = keys.shape[1] * keys.shape[2]
     columnwise = Columnwise(width)
     within = Columnwise(1, members.bits)
@@ -229,8 +236,13 @@ def _keep_best(
         near[chosen < LEAST_KEY] = -1
         if part.of_rows:
             near[near == own[:, None]] = -1
-        near = close_up(near) if groups is None else first_of_groups(near, groups)
-        found[start : start + len(some), : near.shape[1]] = near[:, :num]
+        if groups is not None:
+            near[later_of_group(near, groups)] = -1
+        here = slice(start, start + len(some))
+        near, order = close_up(near)
+        valued = np.take_along_axis(within.scores(chosen), order, axis=1)
+        found[here, : near.shape[1]] = near[:, :num]
+        scores[here, : near.shape[1]] = np.where(near < 0, -np.inf, valued)[:, :num]
 
     run_in_threads(range(0, len(keys), 2048), select, part.num_threads)
 
@@ -245,15 +257,11 @@ def later_of_group(near: Candidates, groups: npt.NDArray[np.int32]) -> npt.NDArr
     return later
 
 
-def first_of_groups(near: Candidates, groups: npt.NDArray[np.int32]) -> Candidates:
-    """Lists with only the first of each group, closed up; -1 where they end."""
-    return close_up(np.where(later_of_group(near, groups), np.int32(-1), near))
-
-
-def close_up(near: Candidates) -> Candidates:
-    """Lists with what is missing (-1) at their ends, else in their order."""
+def close_up(near: Candidates) -> tuple[Candidates, npt.NDArray[np.int64]]:
+    """Lists with what is missing (-1) at their ends, else in their order; and that order."""
     gaps = near < 0
+    order = np.broadcast_to(np.arange(near.shape[1]), near.shape).copy()
     broken = np.flatnonzero((gaps[:, :-1] & ~gaps[:, 1:]).any(axis=1))
-    closed = np.argsort(gaps[broken], axis=1, kind="stable")
-    near[broken] = np.take_along_axis(near[broken], closed, axis=1)
-    return near
+    order[broken] = np.argsort(gaps[broken], axis=1, kind="stable")
+    near[broken] = np.take_along_axis(near[broken], order[broken], axis=1)
+    return near, order

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from declip_filter.knn_grouped import Candidates, first_of_groups
-from declip_filter.knn_select import LIFT, MISSING, Columnwise, largest, run_in_threads
+from declip_filter.knn_grouped import Candidates, close_up, later_of_group
+from declip_filter.knn_select import LIFT, MISSING, Coarse, Columnwise, largest, run_in_threads
 
 BLOCK_ROWS = 8
 BLOCKS_AT_ONCE = 8
@@ -28,13 +28,14 @@ def both_ways(near: Candidates, num: int) -> Candidates:
         num: how many of each kind.
 
     Returns:
-        int32 (rows, 2 * num); the row itself where there are fewer.
+        int32 (rows + 1, 2 * num); the row itself where there are fewer. The last is nobody's: it
+        names itself only.
     """
     num_rows = near.shape[0]
     own = np.arange(num_rows, dtype=np.int32)
     ahead = near[:, :num]
-    found = np.repeat(own[:, None], 2 * num, axis=1)
-    found[:, :num] = np.where(ahead < 0, own[:, None], ahead)
+    found = np.repeat(np.arange(num_rows + 1, dtype=np.int32)[:, None], 2 * num, axis=1)
+    found[:-1, :num] = np.where(ahead < 0, own[:, None], ahead)
     there = ahead >= 0
     # One integer sorts by target, then by place in the list; below stands who points.
     keys = (
@@ -51,6 +52,44 @@ def both_ways(near: Candidates, num: int) -> Candidates:
     return found
 
 
+def add_reverse(near: Candidates, scores: Coarse) -> Candidates:
+    """Lists with the rows that list them, by score: what one of a pair saw, both know.
+
+    A row does not meet the clusters of all rows that meet its own. On real text this finds a
+    quarter of what a scan missed, at no product at all.
+
+    Args:
+        near: (rows, candidates), best first, -1 where there are fewer.
+        scores: of those, any scale, -inf where there are fewer.
+
+    Returns:
+        int32 (rows, candidates), best first, -1 where there are fewer.
+    """
+    num_rows, width = near.shape
+    steps = np.clip(scores.astype(np.float64) * 2**20 + 2**22, 0, 2**23 - 1).astype(np.int64)
+    own = np.repeat(np.arange(num_rows, dtype=np.int64), width)
+    there = near.ravel() >= 0
+    target = near.ravel()[there].astype(np.int64)
+    # By target, and there by score: of many that name a row only the best can be its neighbors.
+    order = np.argsort((target << 24) | (2**23 - 1 - steps.ravel()[there]), kind="stable")
+    target, source = target[order], own[there][order]
+    worth = steps.ravel()[there][order]
+    place = np.arange(len(target)) - np.searchsorted(target, np.arange(num_rows))[target]
+    kept = place < width
+    keys = np.full((num_rows, 2 * width), -1, dtype=np.int64)
+    ids = near.astype(np.int64)
+    keys[:, :width] = np.where(ids < 0, -1, (ids << 24) | steps)
+    keys[target[kept], width + place[kept]] = (source[kept] << 24) | worth[kept]
+    keys.sort(axis=1)
+    ids = keys >> 24
+    again = np.zeros_like(ids, dtype=bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    by_score = np.where(again | (keys < 0), -1, ((keys & (2**24 - 1)) << 32) | (2**31 - 1 - ids))
+    by_score.sort(axis=1)
+    best = by_score[:, ::-1][:, :width]
+    return np.where(best < 0, -1, 2**31 - 1 - (best & (2**32 - 1))).astype(np.int32)
+
+
 def refine(
     matrix: torch.Tensor,
     near: Candidates,
@@ -63,7 +102,7 @@ def refine(
     """One round: the best of each row's candidates among neighbors of neighbors.
 
     Args:
-        matrix: (at least rows, dim), unit length.
+        matrix: (more than rows, dim), unit length, padded as knn_space.py does.
         near: (rows, candidates), best first, -1 where there are fewer.
         num_hops: neighbors that are followed, each way; at most 31.
         offset: about what a neighbor scores.
@@ -114,10 +153,11 @@ def _refine_part(
     buffers: _Buffers,
 ) -> None:
     """Refine the rows of one batch of blocks, written into ``found``."""
-    num_rows = len(links)
+    num_rows = len(links) - 1
     rows = np.minimum(np.arange(start, start + BLOCK_ROWS * BLOCKS_AT_ONCE), num_rows - 1)
     rows = rows.reshape(BLOCKS_AT_ONCE, BLOCK_ROWS)
-    shared = _distinct(links[_distinct(links[rows].reshape(BLOCKS_AT_ONCE, -1))])
+    shared = _distinct(links[rows], num_rows)
+    shared = _distinct(links[shared], num_rows)
     width = shared.shape[1]
     buffers.grow(width)
     taken = buffers.rows[: BLOCKS_AT_ONCE * width]
@@ -128,35 +168,32 @@ def _refine_part(
     coarse = buffers.coarse[: rows.size * width].view(BLOCKS_AT_ONCE, BLOCK_ROWS, width)
     torch.bmm(queries, taken.transpose(1, 2), out=coarse)
     lifted = buffers.lifted[: rows.size * width].view(BLOCKS_AT_ONCE, BLOCK_ROWS, width)
-    lifted.copy_(coarse).add_(LIFT)
-    forbidden = shared[:, None, :] == rows[:, :, None]
-    repeated = np.zeros_like(shared, dtype=bool)
-    repeated[:, 1:] = shared[:, 1:] == shared[:, :-1]
-    forbidden |= repeated[:, None, :]
-    if groups is not None:
-        forbidden |= groups[shared][:, None, :] == groups[rows][:, :, None]
-    lifted.masked_fill_(torch.from_numpy(forbidden), MISSING)
     columnwise = Columnwise(width)
-    kept = min(found.shape[1] * (1 if groups is None else 2), width)
-    best = largest(columnwise.pack(lifted), kept, in_order=True)
+    lifted.copy_(coarse).add_(LIFT)
+    if groups is not None:
+        own_group = groups[shared][:, None, :] == groups[rows][:, :, None]
+        lifted.masked_fill_(torch.from_numpy(own_group), MISSING)
+    num = found.shape[1]
+    best = largest(
+        columnwise.pack(lifted), min(num + 1 + num * (groups is not None), width), in_order=True
+    )
     near = np.take_along_axis(shared[:, None, :], columnwise.columns(best), axis=2)
-    near[columnwise.are_missing(best)] = -1
+    near[columnwise.are_missing(best) | (near == rows[:, :, None])] = -1
     near = near.reshape(rows.size, -1)
     if groups is not None:
-        near = first_of_groups(near, groups)
+        near[later_of_group(near, groups)] = -1
+    near, _ = close_up(near)
     stop = min(start + rows.size, num_rows)
-    found[start:stop, : near.shape[1]] = near[: stop - start, : found.shape[1]]
+    found[start:stop, : near.shape[1]] = near[: stop - start, :num]
 
 
-def _distinct(ids: Candidates) -> Candidates:
-    """Each block's ids once, in order, then its last one again up to a common width."""
+def _distinct(ids: Candidates, filler: int) -> Candidates:
+    """Each block's ids once, in order, then ``filler`` up to a common width."""
     ids = ids.reshape(len(ids), -1)
     ids.sort(axis=1)
-    last = ids[:, -1:].copy()
     repeated = ids[:, 1:] == ids[:, :-1]
     ids[:, 1:][repeated] = NOBODY
     ids.sort(axis=1)
     width = int((ids != NOBODY).sum(axis=1).max())
-    width = min(-(-width // 64) * 64, ids.shape[1])
-    ids = ids[:, :width]
-    return np.where(ids == NOBODY, last, ids)
+    ids = ids[:, : min(-(-width // 64) * 64, ids.shape[1])]
+    return np.where(ids == NOBODY, np.int32(filler), ids)

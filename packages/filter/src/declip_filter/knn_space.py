@@ -28,6 +28,7 @@ PROBED_ROWS = 256
 KEPT_IN_SAMPLE = 0.9
 """Least share of a probed row's true neighbors (within the sample) among as many of its neighbors
 in the space, for the space to be tried on all rows."""
+LEAST_OFFSET = 0.01
 ROWS_AT_ONCE = 4096
 
 
@@ -141,13 +142,18 @@ def _nearest(sample: torch.Tensor, probed: torch.Tensor, k: int) -> torch.Tensor
 
 
 def project_rows(vectors: Matrix, space: Space) -> torch.Tensor:
-    """All rows in a space, and padding: (num_rows + MOST_ROWS, space.dim)."""
+    """All rows in a space, and padding: (num_rows + MOST_ROWS, space.dim).
+
+    The padding is zeros, but for its first row's last number: against a query that ends in minus
+    the offset that row scores lower than any vector, so that it may fill lists up.
+    """
     projected = torch.zeros(vectors.num_rows + MOST_ROWS, space.dim, dtype=space.dtype)
     for start in range(0, vectors.num_rows, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, vectors.num_rows)
         # Copied where it cannot be written to, as in exact search.
         rows = torch.from_numpy(np.require(vectors.read(start, stop), requirements=["C", "W"]))
         projected[start:stop] = space.project(rows)
+    projected[vectors.num_rows, -1] = 10 / LEAST_OFFSET
     return projected
 
 
@@ -157,4 +163,5 @@ def sort_rows(
     """Rows in another order, with the padding."""
     ordered = torch.zeros_like(projected)
     torch.index_select(projected, 0, torch.from_numpy(order), out=ordered[: len(order)])
+    ordered[len(order) :] = projected[len(order) :]
     return ordered
