@@ -127,7 +127,7 @@ def test_embeddings_without_a_row_are_refused(selected_root, store):
         ({"index_type": "HNSW", "nlist": 5}, r"unset them or choose index_type 'IVF'"),
         ({"index_key": "IVF8,Flat", "nlist": 5}, r"leave index_type and nlist unset with it"),
         ({"index_key": "HNSW8", "nprobe": 5}, r"index_key 'HNSW8' has none; unset it"),
-        ({"index_key": "Flat,RFlat"}, r"without IDMap, refinement"),
+        ({"index_key": "Flat,RFlat"}, r"'Flat,RFlat', which is not taken; it must be a code"),
         ({"max_memory_gib": 0.1}, r"max_memory_gib is 0.1; it must be at least 0.5"),
         ({"rows_per_task": 0}, r"rows_per_task is 0"),
         ({"device": "gpu"}, r"device is 'gpu'"),

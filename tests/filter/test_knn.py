@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from index_rows import unit_rows
 
 from declip_filter import knn
 from declip_filter.knn import ArrayVectors, Graph, approximate_graph, exact_neighbors
+from declip_filter.knn_rerank import StoredRows
 from declip_shards import DeclipError
 
 NUM, DIM, K = 6000, 32, 10
@@ -83,7 +85,7 @@ def test_both_scans_reach_the_target_at_another_seed(scan_dtype, rows, exact):
 @pytest.mark.parametrize("target", [0.9])
 def test_the_recall_told_is_the_recall_within_its_error(target, exact, rows, monkeypatch):
     """Few probes at first, so that graphs of poor recall are judged too."""
-    monkeypatch.setattr(knn, "FIRST_PROBES", 1)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
     graph = approximate_graph(ArrayVectors(rows), K, recall_target=target)
     wanted = exact.scores[:, -1:] - 1e-5
     of_rows = (graph.scores >= wanted).mean(axis=1)
@@ -94,7 +96,7 @@ def test_the_recall_told_is_the_recall_within_its_error(target, exact, rows, mon
 
 
 def test_more_is_reached_where_more_is_asked(rows, exact, monkeypatch):
-    monkeypatch.setattr(knn, "FIRST_PROBES", 1)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
     graphs = [approximate_graph(ArrayVectors(rows), K, recall_target=t) for t in (0.3, 0.99)]
     low, high = (share_found(graph, exact) for graph in graphs)
     assert low < high
@@ -115,12 +117,27 @@ def test_torch_has_its_threads_back(rows):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("gib", [1.008])
-def test_less_memory_gives_the_same_graph(gib, graph, rows):
+def test_less_memory_gives_the_same_graph(graph, rows, monkeypatch):
     """At the lower limit vectors are read again where lists are scored."""
-    again = approximate_graph(ArrayVectors(rows), K, max_memory_gib=gib)
-    assert again.ids.tobytes() == graph.ids.tobytes()
-    assert again.scores.tobytes() == graph.scores.tobytes()
+    needed, kept = [], []
+    estimate = knn.estimate_bytes
+
+    def spy_on_estimate(*args: Any) -> int:
+        needed.append(estimate(*args))
+        return needed[-1]
+
+    def spy_on_rows(*args: Any, keep: bool) -> StoredRows:
+        kept.append(keep)
+        return StoredRows(*args, keep=keep)
+
+    monkeypatch.setattr(knn, "estimate_bytes", spy_on_estimate)
+    monkeypatch.setattr(knn, "StoredRows", spy_on_rows)
+    for is_tight in (False, True):
+        gib = (max(needed) + 1) / 2**30 if is_tight else 8.0
+        again = approximate_graph(ArrayVectors(rows), K, max_memory_gib=gib)
+        assert again.ids.tobytes() == graph.ids.tobytes()
+        assert again.scores.tobytes() == graph.scores.tobytes()
+    assert kept == [True, False]
 
 
 def test_groups_are_kept_apart(rows):
@@ -170,8 +187,7 @@ def test_what_is_not_reached_is_said(caplog):
     rows = unit_rows(4096, 64)
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(knn, "MOST_PROBES", 1)
-        patch.setattr(knn, "FIRST_PROBES", 1)
-        patch.setattr(knn, "MOST_ROUNDS", 0)
+        patch.setattr(knn, "FIRST_PROBES", (1, 2))
         graph = approximate_graph(ArrayVectors(rows), K)
     assert graph.recall is not None
     assert graph.recall < 0.9
@@ -179,8 +195,8 @@ def test_what_is_not_reached_is_said(caplog):
     assert "use exact search or a lower target" in caplog.text
 
 
-def test_a_round_never_makes_lists_worse(rows, monkeypatch):
-    """Lists far longer than a round follows: it finds less than the scan did."""
+def spy_on_recall(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is told from now on, also of lists between steps."""
     told: list[float] = []
     recall = knn._Search._recall
 
@@ -189,9 +205,37 @@ def test_a_round_never_makes_lists_worse(rows, monkeypatch):
         return told[-1]
 
     monkeypatch.setattr(knn._Search, "_recall", spy)
-    monkeypatch.setattr(knn, "MOST_PROBES", knn.FIRST_PROBES)
-    graph = approximate_graph(ArrayVectors(rows[: knn.EXACT_BELOW]), 200)
-    assert min(told) < max(told) == graph.recall
+    return told
+
+
+@pytest.mark.parametrize("k", [1, 200])
+def test_a_round_never_makes_lists_worse(k, monkeypatch):
+    """Of lists far longer than a round follows, and of shorter ones; rounds after each step."""
+    told = spy_on_recall(monkeypatch)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
+    monkeypatch.setattr(knn, "MANY_PROBES", 1)
+    monkeypatch.setattr(knn, "MOST_PROBES", 4)
+    vectors = ArrayVectors(unit_rows(4096, 64))
+    graph = approximate_graph(vectors, k, recall_target=1, scan_dtype=torch.float32)
+    assert len(told) > 3
+    assert told == sorted(told)
+    assert told[0] < told[-1]
+    assert told[-1] == pytest.approx(graph.recall, abs=1e-12)
+
+
+@pytest.mark.parametrize("power", [0.3, 0.8, 1.5])
+def test_clusters_are_foretold_where_misses_fall_as_a_power(power):
+    def missed(probes: int) -> float:
+        return float(0.9 * probes**-power)
+
+    allowed = missed(40) + 1e-9
+    assert knn.next_probes([(3, missed(3)), (8, missed(8))], allowed) in (40, 41)
+
+
+@pytest.mark.parametrize("missed", [[(3, 0.4)], [(3, 0.4), (8, 0.4)], [(3, 0.2), (8, 0.3)]])
+@pytest.mark.parametrize("allowed", [0.0, 1e-9, 0.05, 0.39])
+def test_each_step_meets_more_clusters(missed, allowed):
+    assert knn.next_probes(missed, allowed) > missed[-1][0]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ How the fast one works, and what was tried: docs/design/0005-neighbor-graph.md.
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,8 +16,9 @@ from declip_filter.encoders import one_thread
 from declip_filter.kmeans import cluster_rows
 from declip_filter.knn_exact import exact_neighbors, number_groups
 from declip_filter.knn_graph import ArrayVectors, Graph, Matrix, Rows, check_groups, check_k
-from declip_filter.knn_grouped import Candidates, scan_clusters
-from declip_filter.knn_refine import add_reverse, refine
+from declip_filter.knn_grouped import Scan
+from declip_filter.knn_lists import Candidates
+from declip_filter.knn_refine import refine
 from declip_filter.knn_rerank import StoredRows, rank_lists
 from declip_filter.knn_space import (
     LEAST_OFFSET,
@@ -35,21 +38,21 @@ EXACT_BELOW = 4096
 """Fewer rows than this are compared all with all: that takes a second at most."""
 SAMPLED_ROWS = 256
 """Rows whose exact neighbors say what the recall is: its standard error is near 0.01."""
-CLUSTER_SIZE = 128
-FIRST_PROBES = 8
-"""Clusters that a row meets at first; four times as many where rounds did not reach the target."""
+CLUSTER_SIZE = 256
 CANDIDATES_BEYOND = (5, 9, 17)
-"""Candidates a row keeps beyond k (of 15; more in proportion), to be scored in full."""
+"""Candidates a row keeps beyond k (of 15; more in proportion), to be scored in full: the fewest
+that do, the most where no space does with fewer."""
 SHARE_FOR_SPACE = 5
 """A space may lose this part of what the recall target lets be lost."""
-MOST_PROBES = 128
-MOST_ROUNDS = 4
+FIRST_PROBES = (3, 8)
+"""Clusters that a row meets before it is known how recall grows with them."""
+MOST_PROBES = 64
+MANY_PROBES = 24
+"""Where more would be needed, a round of neighbors of neighbors is cheaper."""
 HOPS = 10
 """Neighbors followed each way in a round."""
 MOST_GRAPH_ROWS = 2**27
 """What the keys of knn_refine.both_ways have bits for."""
-LEAST_GAIN = 0.004
-"""Of recall by a round; less, and clusters are met instead."""
 SAME_SCORE = 1e-5
 """Rows that score within this of the last true neighbor count as found: they are as near."""
 
@@ -160,24 +163,26 @@ def _choose_space(
         projected = project_rows(vectors, space)
         kept = shares_kept(projected, sample.rows, sample.ids, widths, sample.offset)
         logger.info("neighbor graph: %d columns keep %s", space.dim, np.round(kept, 3).tolist())
-        for width, share in zip(widths, kept, strict=True):
+        # A wider space is cheaper than the longest lists.
+        for width, share in zip(widths[:-1], kept, strict=False):
             if share >= 1 - (1 - recall_target) / SHARE_FOR_SPACE:
                 return space, projected, width
-    return space, projected, widths[-1]
+    return space, projected, widths[-1]  # the last is as good as it gets
 
 
 def estimate_bytes(num_rows: int, dim: int, k: int, space: Space) -> int:
     """Most memory of :func:`approximate_graph`, without the vectors themselves.
 
-    Two copies of the projected rows (the second is made in the clusters' order), candidates before
-    and after a round, the links of a round while they are sorted, the result, and 1 GiB of
-    buffers. The stored vectors are kept as well (2 * dim bytes a row) where that fits, else read
-    again when lists are scored.
+    Two copies of the projected rows (the second is made in the clusters' order), candidates and
+    their scores, the clusters to meet, the links of a round while they are sorted, the result, and
+    1 GiB of buffers. The stored vectors are kept as well (2 * dim bytes a row) where that fits,
+    else read again when lists are scored.
     """
     projected = 2 * space.dim * space.dtype.itemsize
     candidates = 2 * 4 * (k + CANDIDATES_BEYOND[-1] * max(k, 15) // 15)
     links = HOPS * (8 + 2 * 8)
-    return num_rows * (projected + candidates + links + 12 * k + 16) + 2**30
+    probes = 4 * MOST_PROBES
+    return num_rows * (projected + candidates + probes + links + 12 * k + 16) + 2**30
 
 
 def _sample(vectors: Matrix, k: int, seed: int, groups: npt.NDArray[np.int32] | None) -> _Sample:
@@ -187,6 +192,26 @@ def _sample(vectors: Matrix, k: int, seed: int, groups: npt.NDArray[np.int32] | 
     grouped = None if groups is None else groups.astype(np.int64)
     found = exact_neighbors(vectors, rows, k, groups=grouped)
     return _Sample(rows, found.ids, found.scores[:, -1], int(np.isfinite(found.scores).sum()))
+
+
+def next_probes(missed: Sequence[tuple[int, float]], allowed: float) -> int:
+    """How many clusters a row should meet so that no more than a share of neighbors is missed.
+
+    What is missed falls about as a power of the number of clusters met.
+
+    Args:
+        missed: clusters met and the share missed then, in the order measured.
+        allowed: the share that may be missed.
+    """
+    last, share = missed[-1]
+    if len(missed) == 1:
+        return max(FIRST_PROBES[1], last + last // 4)
+    before, more = missed[-2]
+    power = math.log(more / max(share, 1e-6)) / math.log(last / before)
+    if power <= 0.05 or allowed <= 0:
+        return 2 * last
+    needed = float(last * (share / allowed) ** (1 / power))
+    return min(max(math.ceil(needed), last + 1), 64 * last)
 
 
 class _Search:
@@ -216,55 +241,42 @@ class _Search:
         self.sampled = place[sample.rows]
 
     def run(self, recall_target: float) -> Graph:
-        """Scan and refine until the target is reached or nothing more helps."""
-        probes, recall = FIRST_PROBES, 0.0
-        near = self._scan(probes)
-        while True:
-            near, recall = self._refine(near, recall_target)
-            if recall >= recall_target or probes >= min(MOST_PROBES, self.clusters.num_clusters):
+        """Meet clusters and refine until the target is reached or nothing is left to try."""
+        scan = Scan(
+            self.matrix,
+            self.clusters,
+            most_probes=MOST_PROBES,
+            offset=self.sample.offset,
+            groups=self.groups,
+            num_threads=self.num_threads,
+        )
+        lists = scan.first_lists(FIRST_PROBES[0], self.width)
+        missed = [(FIRST_PROBES[0], 1 - self._recall(lists.near))]
+        is_refined = False
+        while 1 - missed[-1][1] < recall_target:
+            probes = missed[-1][0]
+            wanted = next_probes(missed, 1 - recall_target)
+            if wanted > MANY_PROBES and probes >= MANY_PROBES // 2 and not is_refined:
+                refine(self.matrix, lists, HOPS, self.sample.offset, self.num_threads)
+                is_refined = True
+                missed = [(probes, 1 - self._recall(lists.near))]
+                continue
+            if probes >= scan.most_probes:
                 break
-            probes *= 4
-            near = self._scan(probes)
+            if wanted > MANY_PROBES:  # half of them, then a round; and so on
+                wanted = max(MANY_PROBES // 2, 2 * probes)
+            wanted = min(wanted, scan.most_probes)
+            scan.widen(lists, probes, wanted)
+            is_refined = False
+            missed.append((wanted, 1 - self._recall(lists.near)))
+        recall = 1 - missed[-1][1]
         if recall < recall_target:
             logger.warning(
                 "neighbor graph: recall@%d is %.3f on a sample of %d rows, below the target of %g, "
                 "and more work does not help; use exact search or a lower target.",
                 self.k, recall, len(self.sampled), recall_target,
             )  # fmt: skip
-        return replace(self._rank(near), recall=recall)
-
-    def _scan(self, num_probes: int) -> Candidates:
-        near, scores = scan_clusters(
-            self.matrix,
-            self.clusters,
-            num_probes,
-            self.width,
-            offset=self.sample.offset,
-            groups=self.groups,
-            num_threads=self.num_threads,
-        )
-        return add_reverse(near, scores) if self.groups is None else near
-
-    def _refine(self, near: Candidates, recall_target: float) -> tuple[Candidates, float]:
-        """Rounds until the target, or until one gains little."""
-        recall = self._recall(near)
-        for _ in range(MOST_ROUNDS):
-            if recall >= recall_target:
-                break
-            refined = refine(
-                self.matrix,
-                near,
-                num_hops=min(HOPS, near.shape[1]),
-                offset=self.sample.offset,
-                groups=self.groups,
-                num_threads=self.num_threads,
-            )
-            before, after = recall, self._recall(refined)
-            if after > before:  # of very long lists a round finds less than it began with
-                near, recall = refined, after
-            if after - before < LEAST_GAIN:
-                break
-        return near, recall
+        return replace(self._rank(lists.near), recall=recall)
 
     def _recall(self, near: Candidates) -> float:
         scores, _ = rank_lists(self.rows, self.sampled, near[self.sampled], self.k, self.groups, 1)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from declip_filter.kmeans import Clusters, Labels, nearest_centers
+from declip_filter.knn_lists import Candidates, Groups, Lists
 from declip_filter.knn_select import (
     LEAST_KEY,
     MISSING,
@@ -26,16 +27,18 @@ from declip_filter.knn_select import (
     run_in_threads,
 )
 
-Candidates = npt.NDArray[np.int32]
-"""Rows in the clusters' order, best first; -1 where there are fewer."""
-KEPT_OF_CLUSTER = 32
-"""Candidates that a row takes from each cluster it meets."""
 MEMBERS_OF_GROUP = 4
 """Most members of one group that stand in a cluster as candidates: a list holds one."""
-MET_TOWNS = 8
+FEW_CLUSTERS = 2048
+"""A row meets the centers of so many clusters, all of them; with more it meets those of towns."""
+MET_TOWNS = 10
 """Towns whose clusters a row meets, to find its nearest clusters."""
-SCAN_BYTES = 256 * 2**20
-"""Of the candidates before selection; rows are scanned so many at once."""
+PART_ROWS = 2**18
+"""Rows that meet further clusters at once."""
+MOST_KEPT = 32
+"""Members that a row keeps of a cluster, or clusters of a town."""
+BUFFER_KEYS = 2**25
+"""Most of them before selection."""
 
 
 @dataclass(frozen=True)
@@ -84,63 +87,160 @@ def choose_members(
     )
 
 
-def scan_clusters(
-    matrix: torch.Tensor,
-    clusters: Clusters,
-    num_probes: int,
-    num_candidates: int,
-    *,
-    groups: npt.NDArray[np.int32] | None = None,
-    offset: float = 0.0,
-    num_threads: int = 1,
-) -> tuple[Candidates, Coarse]:
-    """The best candidates of each row among the members of its nearest clusters, and their scores.
+class Scan:
+    """Clusters that are met one after the other, nearest first."""
 
-    Which clusters those are is found in the same way: each row against the clusters of its
-    nearest towns.
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        clusters: Clusters,
+        *,
+        most_probes: int,
+        offset: float,
+        groups: Groups | None = None,
+        num_threads: int = 1,
+    ) -> None:
+        """Find the nearest clusters of each row, among those of its nearest towns.
+
+        Args:
+            matrix: rows in the clusters' order, and MOST_ROWS of padding.
+            clusters: of those rows.
+            most_probes: clusters that a row can meet.
+            offset: about what a neighbor scores.
+            groups: of those rows, from 0: a row meets none of its own group.
+            num_threads: threads.
+        """
+        self.matrix, self.offset, self.num_threads = matrix, offset, num_threads
+        self.num_rows = len(clusters.order)
+        self.groups = groups
+        self.members = choose_members(matrix, clusters, groups)
+        self.probes = self._nearest_clusters(clusters, min(most_probes, clusters.num_clusters))
+
+    @property
+    def most_probes(self) -> int:
+        """Clusters that a row can meet."""
+        return int(self.probes.shape[1])
+
+    def _nearest_clusters(self, clusters: Clusters, num: int) -> Labels:
+        if clusters.num_clusters <= FEW_CLUSTERS:
+            return nearest_centers(
+                self.matrix, self.num_rows, clusters.centers, num, self.num_threads
+            )
+        num_towns = len(clusters.towns) - 1
+        met = max(MET_TOWNS, -(-2 * num * num_towns // clusters.num_clusters))
+        towns = nearest_centers(
+            self.matrix, self.num_rows, clusters.town_centers, met, self.num_threads
+        )
+        padding = torch.zeros(MOST_ROWS, self.matrix.shape[1])
+        centers = Members(
+            torch.cat([clusters.centers, padding]).to(self.matrix.dtype),
+            np.arange(clusters.num_clusters, dtype=np.int32),
+            clusters.towns,
+        )
+        probes = np.full((self.num_rows, num), -1, dtype=np.int32)
+        scores = np.empty((self.num_rows, num), dtype=np.float32)
+        self._meet(centers, towns, probes, scores, is_of_rows=False)
+        return probes
+
+    def first_lists(self, num_probes: int, width: int) -> Lists:
+        """The best candidates of each row among the members of its first few clusters."""
+        near = np.full((self.num_rows, width), -1, dtype=np.int32)
+        scores = np.full((self.num_rows, width), -np.inf, dtype=np.float32)
+        self._meet(self.members, self.probes[:, :num_probes], near, scores, is_of_rows=True)
+        lists = Lists(near, scores, self.groups)
+        lists.add_reverse()
+        return lists
+
+    def _meet(
+        self,
+        members: Members,
+        probes: Labels,
+        near: Candidates,
+        scores: Coarse,
+        *,
+        is_of_rows: bool,
+    ) -> None:
+        """The best of the members of probed clusters into ``near`` and ``scores``."""
+        num_rows, num_probes = probes.shape
+        kept = min(MOST_KEPT, near.shape[1] + is_of_rows)
+        step = max(2048, BUFFER_KEYS // (num_probes * kept))
+        buffer = np.empty(min(step, num_rows) * num_probes * kept, dtype=np.int32)
+        for start in range(0, num_rows, step):
+            here = slice(start, start + step)
+            part = _Part(
+                probes[here], start, self.offset * is_of_rows, self.num_threads, kept, is_of_rows
+            )
+            groups = self.groups if is_of_rows else None
+            keys = _scan_part(self.matrix, members, part, groups, buffer)
+            _keep_best(keys, members, part, near[here], scores[here], groups)
+
+    def widen(self, lists: Lists, first_probe: int, last_probe: int) -> None:
+        """Meet further clusters: ``first_probe`` to ``last_probe`` (not included).
+
+        Only what scores above a row's last candidate so far is looked at, a few of a thousand.
+        """
+        limits = torch.from_numpy(lists.thresholds()).to(self.matrix.dtype)
+        for start in range(0, self.num_rows, PART_ROWS):
+            stop = min(start + PART_ROWS, self.num_rows)
+            probes = self.probes[start:stop, first_probe:last_probe]
+            found = self._above(limits, probes, start)
+            lists.merge(start, stop, *found)
+        lists.add_reverse()
+
+    def _above(
+        self, limits: torch.Tensor, probes: Labels, first_row: int
+    ) -> tuple[Candidates, Candidates, Coarse]:
+        """Candidates above their rows' limits: rows, candidates, scores."""
+        members = self.members
+        asking, _, bounds = group_by_cluster(probes, first_row, len(members.starts) - 1)
+        starts = members.starts.tolist()
+        found: list[list[tuple[Candidates, Candidates, Coarse]]] = [[] for _ in starts[1:]]
+        local = threading.local()
+
+        def scan(cluster: int) -> None:
+            if not hasattr(local, "products"):
+                local.products = Products(self.matrix.dtype, self.matrix.shape[1], self.offset)
+            low, high = starts[cluster], starts[cluster + 1]
+            if low == high:
+                return
+            block = members.matrix[low : low + pad_columns(high - low)]
+            step = Products.queries_at_once(high - low)
+            for start in range(bounds[cluster], bounds[cluster + 1], step):
+                asked = asking[start : min(start + step, bounds[cluster + 1])]
+                rows, columns, scores = local.products.above(
+                    self.matrix, asked, limits[asked], block, high - low
+                )
+                names = asked.numpy()[rows].astype(np.int32)
+                found[cluster].append((names, members.rows[low + columns], scores))
+
+        run_in_threads(range(len(found)), scan, self.num_threads)
+        every = [piece for pieces in found for piece in pieces]
+        if not every:
+            nobody = np.empty(0, dtype=np.int32)
+            return nobody, nobody, np.empty(0, dtype=np.float32)
+        rows, ids, scores = (np.concatenate(column) for column in zip(*every, strict=True))
+        return rows, ids, scores
+
+
+def group_by_cluster(
+    probes: Labels, first_row: int, num_clusters: int
+) -> tuple[torch.Tensor, npt.NDArray[np.int64], list[int]]:
+    """Pairs of row and probed cluster, by cluster.
 
     Args:
-        matrix: rows in the clusters' order, and MOST_ROWS of padding.
-        clusters: of those rows.
-        num_probes: clusters that a row meets.
-        num_candidates: how many it keeps.
-        groups: of those rows, from 0: a row meets none of its own group.
-        offset: about what a neighbor scores.
-        num_threads: threads.
+        probes: (rows, probes), -1 where there are fewer.
+        first_row: number of the first of those rows.
+        num_clusters: how many there are.
 
     Returns:
-        int32 (num_rows, num_candidates), never the row itself, and coarse scores less the offset,
-        float32 of the same shape, -inf where there are fewer.
+        Rows int64 (pairs,), their places in ``probes.ravel()``, and where each cluster's begin.
     """
-    members = choose_members(matrix, clusters, groups)
-    centers = Members(
-        torch.cat([clusters.centers, torch.zeros(MOST_ROWS, matrix.shape[1])]).to(matrix.dtype),
-        np.arange(clusters.num_clusters, dtype=np.int32),
-        clusters.towns,
-    )
-    num_rows = len(clusters.order)
-    num_probes = min(num_probes, clusters.num_clusters)
-    num_towns = max(
-        MET_TOWNS, -(-2 * num_probes * (len(clusters.towns) - 1) // clusters.num_clusters)
-    )
-    towns = nearest_centers(matrix, num_rows, clusters.town_centers, num_towns, num_threads)
-    found = np.full((num_rows, num_candidates), -1, dtype=np.int32)
-    scores = np.full((num_rows, num_candidates), -np.inf, dtype=np.float32)
-    part = max(1024, SCAN_BYTES // (max(num_probes, num_towns) * KEPT_OF_CLUSTER * 4))
-    buffer = np.empty(min(part, num_rows) * max(num_probes, num_towns) * KEPT_OF_CLUSTER, np.int32)
-    for start in range(0, num_rows, part):
-        stop = min(start + part, num_rows)
-        near = np.full((stop - start, num_probes), -1, dtype=np.int32)
-        met = np.empty((stop - start, num_probes), dtype=np.float32)
-        for asked, answered, told, valued, is_last in (
-            (towns[start:stop], centers, near, met, False),
-            (near, members, found[start:stop], scores[start:stop], True),
-        ):
-            kept = min(KEPT_OF_CLUSTER, told.shape[1] + is_last)
-            wanted = _Part(asked, start, offset * is_last, num_threads, kept, is_last)
-            keys = _scan_part(matrix, answered, wanted, groups if is_last else None, buffer)
-            _keep_best(keys, answered, wanted, told, valued, groups if is_last else None)
-    return found, scores
+    pairs = probes.ravel().astype(np.int64) << 32 | np.arange(probes.size)
+    pairs = pairs[pairs >= 0]
+    pairs.sort()
+    slots = pairs & 0xFFFFFFFF
+    rows = torch.from_numpy(slots // probes.shape[1] + first_row)
+    return rows, slots, np.searchsorted(pairs >> 32, np.arange(num_clusters + 1)).tolist()
 
 
 @dataclass(frozen=True)
@@ -173,12 +273,7 @@ def _scan_part(
     num_rows, num_probes = part.probes.shape
     found = buffer[: num_rows * num_probes * part.kept].reshape(-1, part.kept)
     found.fill(0)
-    pairs = part.probes.ravel().astype(np.int64) << 32 | np.arange(num_rows * num_probes)
-    pairs = pairs[pairs >= 0]
-    pairs.sort()
-    slots = pairs & 0xFFFFFFFF
-    asking = torch.from_numpy(slots // num_probes + part.first_row)
-    bounds = np.searchsorted(pairs >> 32, np.arange(len(members.starts))).tolist()
+    asking, slots, bounds = group_by_cluster(part.probes, part.first_row, len(members.starts) - 1)
     starts = members.starts.tolist()
     local = threading.local()
 

@@ -7,13 +7,14 @@ import numpy.typing as npt
 import torch
 
 from declip_filter.knn_graph import Matrix, Rows
-from declip_filter.knn_grouped import Candidates, later_of_group
+from declip_filter.knn_grouped import later_of_group
+from declip_filter.knn_lists import Candidates
 from declip_filter.knn_select import run_in_threads
 
 LAST_ID = 0x7FFFFFFF
 NONE = np.iinfo(np.int64).min
 READ_AT_ONCE = 16_384
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 """Few enough that their candidates stay in a core's cache."""
 
 

@@ -20,6 +20,7 @@ Job = TypeVar("Job")
 Keys = npt.NDArray[np.int32]
 Columns = npt.NDArray[np.int32]
 Coarse = npt.NDArray[np.float32]
+"""Scores in the space of a scan, less its offset; -inf where there are fewer."""
 LIFT = 3.0
 """Added to scores of -1 to 1: floats between 2 and 4 have one exponent, so even steps."""
 MISSING = 0.5
@@ -109,16 +110,62 @@ class Products:
                 and forgotten.
             num_rows: how many count.
         """
+        coarse = self._multiply(matrix, queries, self._offset, rows, num_rows)
+        lifted = self._lifted[: coarse.numel()].view(coarse.shape)
+        return lifted.copy_(coarse).add_(LIFT)
+
+    def above(
+        self,
+        matrix: torch.Tensor,
+        queries: torch.Tensor,
+        thresholds: torch.Tensor,
+        rows: torch.Tensor,
+        num_rows: int,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Coarse]:
+        """Which pairs score above their query's threshold: few, so that the rest costs little.
+
+        Args:
+            matrix, queries, rows, num_rows: as for :meth:`lifted`.
+            thresholds: less the offset, (len(queries),), of the matrix's type.
+
+        Returns:
+            Places in ``queries`` and in ``rows``, and scores less the offset.
+        """
+        limits = (thresholds.float() + self._offset).to(matrix.dtype)
+        coarse = self._multiply(matrix, queries, limits, rows, num_rows)
+        asked, columns = find_positive(coarse)
+        excess = coarse[torch.from_numpy(asked), torch.from_numpy(columns)].float().numpy()
+        return asked, columns, excess + (limits.float().numpy()[asked] - np.float32(self._offset))
+
+    def _multiply(
+        self,
+        matrix: torch.Tensor,
+        queries: torch.Tensor,
+        subtracted: "torch.Tensor | float",
+        rows: torch.Tensor,
+        num_rows: int,
+    ) -> torch.Tensor:
         num = queries.shape[0]
         padded = LEAST_QUERIES if num <= LEAST_QUERIES else -(-num // 128) * 128
         width = pad_columns(num_rows)
         torch.index_select(matrix, 0, queries, out=self._queries[:num])
-        self._queries[:num, -1] = -self._offset
+        self._queries[:num, -1] = -subtracted
         coarse = self._coarse[: padded * width].view(padded, width)
         torch.mm(self._queries[:padded], rows[:width].T, out=coarse)
-        lifted = self._lifted[: num * num_rows].view(num, num_rows)
-        lifted.copy_(coarse[:num, :num_rows])
-        return lifted.add_(LIFT)
+        return coarse[:num, :num_rows]
+
+
+def find_positive(
+    scores: torch.Tensor,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where a matrix of float32 or bfloat16 is above 0: rows and columns.
+
+    The bits of a positive float are a positive integer, which is what numpy has bfloat16 for.
+    """
+    bits = scores.view(torch.int16 if scores.dtype == torch.bfloat16 else torch.int32).numpy()
+    flat = np.flatnonzero(bits > 0)
+    rows = flat // scores.shape[1]
+    return rows, flat - rows * scores.shape[1]
 
 
 def pad_columns(num: int) -> int:

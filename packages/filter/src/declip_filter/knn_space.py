@@ -5,6 +5,7 @@ and its lists are scored again in full. How many components are enough is measur
 trained encoders need a third of theirs, a text's word counts need all.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,11 @@ import torch
 
 from declip_filter.kmeans import normalize
 from declip_filter.knn_exact import has_fast_bfloat16
-from declip_filter.knn_graph import Matrix, Rows
+from declip_filter.knn_graph import Matrix, Rows, Scores
 from declip_filter.knn_select import (
     BLOCK_SCORES,
-    MISSING,
     MOST_ROWS,
-    Columnwise,
     Products,
-    largest,
 )
 
 TRAINING_ROWS = 16_384
@@ -28,6 +26,8 @@ PROBED_ROWS = 256
 KEPT_IN_SAMPLE = 0.9
 """Least share of a probed row's true neighbors (within the sample) among as many of its neighbors
 in the space, for the space to be tried on all rows."""
+ROUNDING = 1e-3
+"""What a product's rounding may lift a row above another."""
 LEAST_OFFSET = 0.01
 ROWS_AT_ONCE = 4096
 
@@ -56,10 +56,6 @@ class Space:
         return projected
 
 
-def _columns(components: int) -> int:
-    return -(-(components + 1) // 32) * 32
-
-
 def candidate_spaces(
     vectors: Matrix, k: int, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> Iterator[Space]:
@@ -75,7 +71,6 @@ def candidate_spaces(
         dtype: float32 or bfloat16; by default bfloat16 where the CPU has it in hardware.
     """
     dtype = dtype or (torch.bfloat16 if has_fast_bfloat16() else torch.float32)
-    everything = Space(None, _columns(vectors.dim), dtype)
     num = min(TRAINING_ROWS, vectors.num_rows)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(vectors.num_rows, num, replace=False))
@@ -86,14 +81,17 @@ def candidate_spaces(
     near = min(k, num - 1)
     true = _nearest(sample, probed, near)
     for columns in (64, 96, 128, 192, 256):
-        if columns >= everything.dim:
+        if columns >= vectors.dim:
             break
         space = Space(axes[:, : columns - 1].contiguous(), columns, dtype)
         inside = _nearest(space.project(sample).float()[:, :-1], probed, near)
         kept = (true[:, :, None] == inside[:, None, :]).any(dim=2).float().mean()
         if kept >= KEPT_IN_SAMPLE:
             yield space
-    yield everything
+    if vectors.dim % 32 == 0:  # all but the least component: a column fewer than 32 more
+        yield Space(axes[:, : vectors.dim - 1].contiguous(), vectors.dim, dtype)
+    else:
+        yield Space(None, -(-(vectors.dim + 1) // 32) * 32, dtype)
 
 
 def shares_kept(
@@ -112,27 +110,31 @@ def shares_kept(
         widths: how many candidates are kept, rising; one share each.
         offset: about what a neighbor scores.
     """
-    num_candidates = widths[-1]
     num_rows = projected.shape[0] - MOST_ROWS
     products = Products(projected.dtype, projected.shape[1], offset)
-    asked = torch.from_numpy(queries)
-    best = np.empty((len(queries), 0), dtype=np.int32)
-    ids = np.empty((len(queries), 0), dtype=np.int64)
-    step = BLOCK_SCORES // max(PROBED_ROWS, 1)
+    asked, there = torch.from_numpy(queries), true >= 0
+    own = projected[asked].float()
+    own[:, -1] = -offset
+    wanted = projected[torch.from_numpy(np.maximum(true, 0))].float()
+    scores = np.where(there, torch.einsum("qd,qkd->qk", own, wanted).numpy(), np.inf)
+    limits = torch.from_numpy(scores.min(axis=1, initial=4.0)).to(projected.dtype)
+    above: list[tuple[Rows, Scores]] = []
+    step = BLOCK_SCORES // PROBED_ROWS
     for start in range(0, num_rows, step):
         size = min(step, num_rows - start)
-        columnwise = Columnwise(size)
-        lifted = products.lifted(projected, asked, projected[start:], size)
-        own = (asked >= start) & (asked < start + size)
-        lifted[own.nonzero()[:, 0], asked[own] - start] = MISSING
-        keys = largest(columnwise.pack(lifted), min(num_candidates, size))
-        ids = np.concatenate([ids, columnwise.columns(keys) + np.int64(start)], axis=1)
-        best = np.concatenate([best, keys & np.int32(columnwise.mask)], axis=1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :num_candidates]
-        best, ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(ids, order, axis=1)
-    hits = (true[:, :, None] == ids[:, None, :]).any(axis=1)
-    num_true = max(1, int((true >= 0).sum()))
-    return [float(hits[:, :width].sum()) / num_true for width in widths]
+        rows, columns, found = products.above(projected, asked, limits, projected[start:], size)
+        others = columns + start != queries[rows]
+        above.append((rows[others], found[others]))
+    rows = np.concatenate([rows for rows, _ in above])
+    found = np.concatenate([found for _, found in above])
+    order = np.lexsort((found, rows))
+    rows, found = rows[order], found[order]
+    bounds = np.searchsorted(rows, np.arange(len(queries) + 1))
+    rank = np.full(true.shape, np.iinfo(np.int64).max)
+    for row, (low, high) in enumerate(itertools.pairwise(bounds.tolist())):
+        rank[row] = high - low - np.searchsorted(found[low:high], scores[row] + ROUNDING)
+    num_true = max(1, int(there.sum()))
+    return [float((rank < width)[there].sum()) / num_true for width in widths]
 
 
 def _nearest(sample: torch.Tensor, probed: torch.Tensor, k: int) -> torch.Tensor:
