@@ -251,7 +251,11 @@ class _Search:
             num_threads=self.num_threads,
         )
         lists = scan.first_lists(FIRST_PROBES[0], self.width)
-        missed = [(FIRST_PROBES[0], 1 - self._recall(lists.near))]
+        recall = self._recall(lists.near)
+        if recall < recall_target:
+            lists.add_reverse()
+            recall = self._recall(lists.near)
+        missed = [(FIRST_PROBES[0], 1 - recall)]
         is_refined = False
         while 1 - missed[-1][1] < recall_target:
             probes = missed[-1][0]

@@ -147,9 +147,7 @@ class Scan:
         near = np.full((self.num_rows, width), -1, dtype=np.int32)
         scores = np.full((self.num_rows, width), -np.inf, dtype=np.float32)
         self._meet(self.members, self.probes[:, :num_probes], near, scores, is_of_rows=True)
-        lists = Lists(near, scores, self.groups)
-        lists.add_reverse()
-        return lists
+        return Lists(near, scores, self.groups)
 
     def _meet(
         self,

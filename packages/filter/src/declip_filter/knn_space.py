@@ -23,7 +23,7 @@ from declip_filter.knn_select import (
 
 TRAINING_ROWS = 16_384
 PROBED_ROWS = 256
-KEPT_IN_SAMPLE = 0.9
+KEPT_IN_SAMPLE = 0.94
 """Least share of a probed row's true neighbors (within the sample) among as many of its neighbors
 in the space, for the space to be tried on all rows."""
 ROUNDING = 1e-3
