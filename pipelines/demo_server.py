@@ -372,8 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     chosen = parser.parse_args(arguments)
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
     try:
         with DemoServer(chosen.folder, chosen.port, chosen.host) as server:
             print(f"serving {chosen.folder} at {server.url}; stop with Ctrl-C", flush=True)
@@ -381,6 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeclipError as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
     return 0
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 # Whoever starts the tests behind an & has Ctrl-C ignored, here and in all that is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_as_before() -> Iterator[None]:
+    """A handler that a test leaves behind makes a later one deaf, in whichever worker it falls to.
+
+    SIGTERM's is Ray's from its start on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    if after is not before:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        pytest.fail(f"handler of SIGINT left behind: {after}")
+
 
 LONG_MARKS = ("distributed", "ray", "slow")
 

@@ -14,7 +14,6 @@ from declip_filter.knn_grouped import (
     MEMBERS_OF_GROUP,
     Scan,
     choose_members,
-    close_up,
     later_of_group,
 )
 from declip_filter.knn_lists import Lists
@@ -164,18 +163,6 @@ def test_a_cluster_has_few_members_of_one_group():
             all_of_it = np.flatnonzero((of_row == cluster) & (groups == group))
             kept = members.rows[(of_member == cluster) & (groups[members.rows] == group)]
             assert kept.tolist() == all_of_it[:MEMBERS_OF_GROUP].tolist()
-
-
-def test_lists_close_up_in_their_order():
-    near = np.asarray([[-1, 4, -1, 2], [1, 2, 3, 0], [-1, -1, -1, -1], [5, -1, -1, -1]], np.int32)
-    closed, order = close_up(near.copy())
-    assert np.array_equal(closed, np.take_along_axis(near, order, axis=1))
-    assert closed.tolist() == [
-        [4, 2, -1, -1],
-        [1, 2, 3, 0],
-        [-1, -1, -1, -1],
-        [5, -1, -1, -1],
-    ]
 
 
 def test_the_first_of_each_group_stays():

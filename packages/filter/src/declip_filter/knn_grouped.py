@@ -332,10 +332,11 @@ def _keep_best(
         if groups is not None:
             near[later_of_group(near, groups)] = -1
         here = slice(start, start + len(some))
-        near, order = close_up(near)
-        valued = np.take_along_axis(within.scores(chosen), order, axis=1)
-        found[here, : near.shape[1]] = near[:, :num]
-        scores[here, : near.shape[1]] = np.where(near < 0, -np.inf, valued)[:, :num]
+        worth = np.where(near < 0, np.float32(-np.inf), within.scores(chosen))
+        # By the members' keys, which have more bits than the places' among all of a row's.
+        order = np.argsort(-worth, axis=1, kind="stable")[:, :num]
+        found[here, : order.shape[1]] = np.take_along_axis(near, order, axis=1)
+        scores[here, : order.shape[1]] = np.take_along_axis(worth, order, axis=1)
 
     run_in_threads(range(0, len(keys), 2048), select, part.num_threads)
 
@@ -348,13 +349,3 @@ def later_of_group(near: Candidates, groups: npt.NDArray[np.int32]) -> npt.NDArr
     later = np.zeros_like(near, dtype=bool)
     np.put_along_axis(later, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
     return later
-
-
-def close_up(near: Candidates) -> tuple[Candidates, npt.NDArray[np.int64]]:
-    """Lists with what is missing (-1) at their ends, else in their order; and that order."""
-    gaps = near < 0
-    order = np.broadcast_to(np.arange(near.shape[1]), near.shape).copy()
-    broken = np.flatnonzero((gaps[:, :-1] & ~gaps[:, 1:]).any(axis=1))
-    order[broken] = np.argsort(gaps[broken], axis=1, kind="stable")
-    near[broken] = np.take_along_axis(near[broken], order[broken], axis=1)
-    return near, order
