@@ -20,6 +20,8 @@ from declip_train.settings_checks import check_settings, unread_settings
 from declip_train.views import AUGMENTATIONS, ViewParameters
 
 _UNHASHED = {"fingerprint": False}
+_ELASTIC = ("num_ranks", "zero_stage", "threads_per_rank", "grad_checkpointing", "compile")
+"""Settings that a run may be continued under other values of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,11 @@ class TrainSettings:
 
     root: str = field(default="", metadata=_UNHASHED)
     """Dataset folder; in a configuration file, relative to that file's folder."""
+    train_data: tuple[str, ...] = ()
+    """Shards that are not the dataset's own: tars of any webdataset, each with {00000..00999}
+    written out or not, local or at a URL; given, they are trained on in place of the dataset's."""
+    data_weights: tuple[str, ...] = ()
+    """How often a pass meets the samples of each entry of train_data, as 1 or 0.5; unset: once."""
     selection: str = "default"
     """Name of the selection to train on; empty takes every sample of the shards."""
     splits: tuple[str, ...] = ()
@@ -41,6 +48,9 @@ class TrainSettings:
     text_model: str | None = None
     """Text tower of transformers in place of the model's: folder of a BERT, RoBERTa or DistilBERT,
     or its name on the hub; its weights are where training starts."""
+    pretrained: str | None = None
+    """Weights that training starts from: an open_clip checkpoint (.pt, .bin, .safetensors) or a
+    folder that this project or open_clip exported; unset: drawn from the seed."""
     image_size: int | None = None
     """Side of the square views in pixels; must be the model's, which is the default."""
     method: str = "declip"
@@ -155,6 +165,8 @@ class TrainSettings:
     zero_stage: int = 0
     """What DeepSpeed splits over processes: 0 nothing (the fastest where memory is enough), 1
     optimizer state, 2 also gradients."""
+    photometric: Literal["auto", "cpu", "device"] = "auto"
+    """Where colors of views change: on the CPU, in batches on the GPU, or there if there is one."""
     precision: Literal["fp32", "amp_bf16", "bf16", "fp16"] = "fp32"
     """Arithmetic: fp32; amp_bf16 (weights stay float32); bf16 or fp16 (weights too, with float32
     copies in DeepSpeed's optimizer; fp16 scales its loss)."""
@@ -172,19 +184,50 @@ class TrainSettings:
     """Of weights, order, views and masks."""
     decoded_cache_megabytes: int = field(default=512, metadata=_UNHASHED)
     """Memory a process may spend on decoded images, MB; 0 decodes every time."""
+    decoder: Literal["auto", "native", "python"] = field(default="auto", metadata=_UNHASHED)
+    """How views are decoded and resized: compiled code, plain Python with the same pixels, or the
+    first where it can be built."""
     loader_threads: int | None = field(default=None, metadata=_UNHASHED)
     """Threads of each process that draw views; unset: with GPUs this machine's cores divided by
     num_ranks, else threads_per_rank."""
     prefetch_batches: int = field(default=2, metadata=_UNHASHED)
     """Batches prepared ahead of the trainer."""
+    cache: str | None = field(default=None, metadata=_UNHASHED)
+    """Folder for tars of remote datasets and for what is worked out once (lists of samples, token
+    ids); unset: OPENDECLIP_CACHE, or .cache/opendeclip in the home folder."""
+    cache_gigabytes: float = field(default=50.0, metadata=_UNHASHED)
+    """Room for remote tars in the cache, GB; the ones used longest ago make way."""
+    error_budget: float = field(default=0.001, metadata=_UNHASHED)
+    """Share of an epoch's samples whose picture may fail to be read or decoded; each is replaced by
+    another sample and listed, and above this share the run ends."""
     log_every_steps: int = field(default=10, metadata=_UNHASHED)
     """Steps between records of the log and of TensorBoard."""
+    wandb: str | None = field(default=None, metadata=_UNHASHED)
+    """Project of Weights & Biases that the log is sent to also; unset: none (extra `wandb`)."""
+    evaluate_every_steps: int | None = field(default=None, metadata=_UNHASHED)
+    """Steps between zero-shot evaluations during training, shared by all processes; unset: none."""
+    evaluate_data: str | None = field(default=None, metadata=_UNHASHED)
+    """Labelled pictures for that: a folder as of `declip eval`, with classnames; unset: none."""
+    stall_seconds: float = field(default=60.0, metadata=_UNHASHED)
+    """Longest time without progress of a process or its loader before it is named with what each
+    thread does, seconds; 0: never."""
+    stall_ends_run: bool = field(default=True, metadata=_UNHASHED)
+    """Whether a stalled run is ended, for the scheduler to start it again, or only named."""
+    loss_spike: float = field(default=6.0, metadata=_UNHASHED)
+    """Alarm when a loss is so many standard deviations above the last 128 steps'; 0: never."""
     checkpoint_every_steps: int | None = field(default=None, metadata=_UNHASHED)
     """Steps between checkpoints; unset: by time alone."""
     checkpoint_every_seconds: float = field(default=600.0, metadata=_UNHASHED)
     """Longest time between checkpoints, seconds; 0: by steps alone."""
     keep_checkpoints: int = field(default=2, metadata=_UNHASHED)
     """Newest checkpoints to keep while training; a finished run keeps its last alone."""
+    keep_every_steps: int | None = field(default=None, metadata=_UNHASHED)
+    """Checkpoints of steps that this divides are kept for good; unset: none."""
+    async_save: bool = field(default=False, metadata=_UNHASHED)
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
+    hostfile: str | None = field(default=None, metadata=_UNHASHED)
+    """DeepSpeed's file of hosts (`NAME slots=N`) to train on together over ssh; num_ranks counts
+    the processes of all. Unset: this machine."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -280,6 +323,13 @@ class TrainSettings:
     def digest(self) -> str:
         """sha256 of the settings that can change the result."""
         return hashlib.sha256(canonical_json(settings_of(self, hashed_only=True))).hexdigest()
+
+    def elastic_digest(self) -> str:
+        """sha256 of the settings that a continued run must have in common with its checkpoint:
+        processes and how memory is spent may differ."""
+        values = settings_of(self, hashed_only=True)
+        kept = {name: value for name, value in values.items() if name not in _ELASTIC}
+        return hashlib.sha256(canonical_json(kept)).hexdigest()
 
     def to_json(self) -> bytes:
         """All settings as a configuration file; the inverse of :func:`read_settings`."""

@@ -74,6 +74,8 @@ def _check_choices(settings: TrainSettings) -> None:
         "optimizer": ("adamw", "lamb", "sgd"),
         "decay_exempt": ("modules", "vectors", "embeddings"),
         "precision": ("fp32", "amp_bf16", "bf16", "fp16"),
+        "photometric": ("auto", "cpu", "device"),
+        "decoder": ("auto", "native", "python"),
     }
     if settings.augmentation is not None:
         choices["augmentation"] = tuple(AUGMENTATIONS)
@@ -204,6 +206,12 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "checkpoint_every_steps": (1, math.inf),
     "checkpoint_every_seconds": (0, math.inf),
     "keep_checkpoints": (1, math.inf),
+    "keep_every_steps": (1, math.inf),
+    "cache_gigabytes": (0, math.inf),
+    "error_budget": (0, 1),
+    "evaluate_every_steps": (1, math.inf),
+    "stall_seconds": (0, math.inf),
+    "loss_spike": (0, math.inf),
 }
 
 

@@ -1,0 +1,1 @@
+"""Pictures to views: decode, crop and resize, compiled where it can be."""
