@@ -30,12 +30,15 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 OTHER_COMMANDS = {
     "sources": "look at lists of URLs, and at how two of them overlap",
     "refetch": "fetch rows that failed again, by reason, into the same dataset",
-    "doctor": "say why so many rows failed, and what to do",
+    "doctor": "say why so many rows failed, or what holds a training back, and what to do",
     "optout": "remove samples from a dataset and all that was made of it, and prove it",
     "look": "draw pages: what a filter drops, duplicates, neighbors",
     "search": "search an index for a text or a picture",
     "index": "look at an index, append new shards to it, remove samples",
     "refresh": "make a neighbor table anew with another encoder, also during training",
+    "train": "train on any shards, with open_clip's flags or ours",
+    "export": "write a trained model, or a checkpoint of one, in another form",
+    "replay": "compute a batch again whose loss was not finite, and say what broke first",
     "convert": "write a dataset in another form: files, parquet, energon",
 }
 """Commands with a module of their own, ``pipelines.NAME_command``, and what they are for."""

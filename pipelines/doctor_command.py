@@ -9,6 +9,7 @@ from declip_shards import DeclipError
 from pipelines.arguments import ArgumentParser
 from pipelines.progress import Progress
 from pipelines.runner import check_location
+from pipelines.train_doctor import main as diagnose_train
 
 MAX_PROBES = 10_000
 """More hosts than that are no sample."""
@@ -21,7 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Say why so many rows failed, ranked, and what to do about each cause.",
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=["ingest"], help="ingest: the ledger of a download")
+    parser.add_argument(
+        "what",
+        choices=["ingest", "train"],
+        help="ingest: the ledger of a download; train: the log of a run",
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", required=True, help="folder or URL of the dataset"
     )
@@ -45,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         DeclipError: a wrong option, or no ledger there.
     """
+    if argv and argv[0] == "train":
+        return diagnose_train(argv[1:])
     arguments = build_parser().parse_args(argv)
     check_location(arguments.out)
     if not 1 <= arguments.probe_urls <= MAX_PROBES:

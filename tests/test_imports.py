@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "declip_shards": set(),
     "declip_ingest": {"declip_shards"},
     "declip_filter": {"declip_shards"},
-    "declip_train": {"declip_shards"},
+    "declip_pixels": {"declip_shards"},
+    "declip_train": {"declip_shards", "declip_pixels"},
     "declip_eval": set(),
     "pipelines": set(PACKAGES),
 }

@@ -15,6 +15,7 @@ PRELOADED = [
     "torch",
     "deepspeed",
     "declip_train.engine",
+    "declip_train.loop",
     "declip_train.losses",
     "deepspeed.runtime.zero.muon.original_muon",
 ]

@@ -1,5 +1,6 @@
 """A model out of a checkpoint: that of the run, at that step."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -10,14 +11,18 @@ import pytest
 import torch
 
 from declip_shards import DeclipError
+from declip_train.batch import Batch
 from declip_train.checkpoint import MANIFEST, Checkpoints
 from declip_train.checkpoint_export import (
     WEIGHTS,
     CheckpointPlace,
+    exact_module,
     export_checkpoint,
     find_checkpoint,
+    read_checkpoint,
 )
 from declip_train.export import load_export
+from declip_train.precision import full_precision
 from declip_train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -104,3 +109,55 @@ def test_a_checkpoint_of_other_settings_is_refused(run_folder, tmp_path):
     assert place is not None
     with pytest.raises(DeclipError, match=r"of other settings than .*config.json"):
         export_checkpoint(place, config, tmp_path / "out")
+
+
+def random_batch(settings):
+    """Of method clip."""
+    generator = torch.Generator().manual_seed(0)
+    rows = settings.global_batch_size
+    token_ids = torch.randint(1, 40_000, (rows, 6), generator=generator)
+    token_ids[:, 0], token_ids[:, -1] = 49_406, 49_407
+    return Batch(
+        step=0,
+        epoch=0,
+        images=torch.randn(1, rows, 3, 16, 16, generator=generator),
+        token_ids=token_ids,
+        sample_ids=torch.arange(rows),
+        caption_ids=torch.arange(rows),
+    )
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 0), ("bf16", 1), ("bf16", 2)])
+def test_half_precision_runs_export_what_the_optimizer_holds(tmp_path, precision, zero_stage):
+    """Float32 weights that bfloat16 cannot hold come out whole, whatever the stage."""
+    settings = dataclasses.replace(
+        SETTINGS, method="clip", precision=precision, zero_stage=zero_stage, max_steps=4
+    )
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(settings.to_json())
+    with one_process(folder) as module:
+        engine = module.TrainEngine(settings, 4)
+        engine.train_step(random_batch(settings))
+        exact = {}
+        for name, parameter in engine.module.named_parameters():
+            copy = full_precision(parameter, engine.deepspeed.optimizer)
+            assert copy is not None
+            exact[name] = copy.detach().float().clone().reshape(parameter.shape)
+        identity = {"settings": settings.elastic_digest()}
+        Checkpoints(folder / "checkpoints/cafe", identity, keep=2, say=print).save(
+            engine.deepspeed, 1
+        )
+        half = {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
+    place = find_checkpoint(folder / "checkpoints")
+    assert place is not None
+    found = read_checkpoint(place, folder / "config.json")
+    again = exact_module(settings, place.folder).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in exact.items())
+    for name, parameter in found.module.named_parameters():
+        assert torch.equal(parameter, exact[name]), name
+    assert any(not torch.equal(exact[name], half[name]) for name in exact)
+    first = export_checkpoint(place, folder / "config.json", tmp_path / "out")
+    weights = load_export(tmp_path / "out").model.state_dict()
+    assert torch.equal(weights["text_projection"], exact["clip.text_projection"])
+    assert first

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from declip_shards import DeclipError
+from declip_train import batch_record
 from declip_train.loader import BatchLoader
 from declip_train.methods import METHODS, method_terms
 from declip_train.samples import load_samples
@@ -157,7 +158,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     bank = {name: value.clone() for name, value in engine.module.bank.state_dict().items()}
     bad = dataclasses.replace(batch, images=torch.full_like(batch.images, float("nan")), step=7)
     with pytest.raises(
-        DeclipError, match=r"term 'contrastive' became nan at step 7; lower peak_lr"
+        DeclipError,
+        match=r"term 'contrastive' became nan at step 7 on process 0: the features of its samples "
+        r"'row \d+', .* and 19 more are not finite; lower peak_lr",
     ):
         engine.train_step(bad)
     for name, parameter in engine.module.named_parameters():
@@ -218,3 +221,88 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_training(engine_module,
         with pytest.raises(DeclipError, match=r"tokenwise_kernel is triton, but .* runs on CUDA"):
             make(engine_module, samples, method="filip", tokenwise_kernel="triton")
     make(engine_module, samples, method="clip", tokenwise_kernel="triton")
+
+
+def test_the_gradients_norm_is_the_same_in_all_stages(engine_module, samples):
+    norms = []
+    ways: list[dict[str, object]] = [
+        {"zero_stage": 0},
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 0, "accumulation_steps": 3},
+        {"zero_stage": 2, "accumulation_steps": 3},
+        {"zero_stage": 0, "precision": "bf16"},
+        {"zero_stage": 2, "precision": "bf16"},
+    ]
+    for way in ways:
+        engine, loader = make(engine_module, samples, method="clip", log_every_steps=2, **way)
+        first, second = (engine.train_step(loader.make_batch(step)) for step in range(2))
+        assert first.watched == {}, "only what the log has a record of is looked at"
+        norms.append(second.watched["gradient_norm"])
+        assert 0 < second.watched["text_feature_spread"] < 1
+        assert 0 < second.watched["image_feature_spread"] < 1
+    assert norms[1:5] == pytest.approx([norms[0]] * 4, rel=1e-4)
+    assert norms[5:] == pytest.approx([norms[0]] * 2, rel=0.1)
+
+
+def test_the_gradients_norm_is_torchs(engine_module, samples):
+    engine, loader = make(engine_module, samples, method="declip", log_every_steps=1)
+    batch = loader.make_batch(0)
+    terms, _ = engine.module(batch)
+    engine._total(terms).backward()
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    expected = float(torch.nn.utils.get_total_norm(grads))
+    engine.module.zero_grad()
+    found = engine.train_step(batch).watched["gradient_norm"]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def bad_batch(batch, row):
+    images = batch.images.clone()
+    images[0, row, 1, 3, 3] = float("nan")
+    return dataclasses.replace(batch, images=images, step=7)
+
+
+def test_a_bad_batch_is_kept_with_what_is_needed_to_compute_it_again(
+    engine_module, samples, tmp_path
+):
+    settings = dataclasses.replace(SETTINGS, method="declip")
+    loader = BatchLoader(samples, settings, 0, 1)
+    engine = engine_module.TrainEngine(settings, 40, folder=tmp_path, keys_of=samples.keys_of)
+    batch = bad_batch(loader.make_batch(0), 5)
+    key = samples.keys[int(batch.sample_ids[5])]
+    with pytest.raises(DeclipError, match=rf"its samples '{key}' are not finite; .*bad_batches'"):
+        engine.train_step(batch)
+    (record,) = batch_record.read_records(tmp_path / batch_record.FOLDER, 7)
+    assert record.bad_keys == [key]
+    assert record.keys == samples.keys_of(batch.sample_ids.tolist())
+    assert record.terms["contrastive"] == "nan"
+    assert record.bad_parameter is None
+    assert torch.equal(record.batch.token_ids, batch.token_ids)
+    weights = batch_record.read_weights(tmp_path / batch_record.FOLDER, 7)
+    torch.testing.assert_close(
+        weights, dict(engine.module.state_dict()), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(engine_module, samples):
+    """At the steps that the log has a record of; else the next loss says whose fault it was."""
+    settings = dataclasses.replace(SETTINGS, method="clip")
+    loader = BatchLoader(samples, settings, 0, 1)
+    engine = engine_module.TrainEngine(settings, 40, keys_of=samples.keys_of)
+    batch = loader.make_batch(0)
+
+    def spoil(gradient):
+        return gradient.fill_(float("inf"))
+
+    handle = engine.module.clip.text_projection.register_hook(spoil)
+    before = engine.module.clip.visual.proj.detach().clone()
+    with pytest.raises(DeclipError, match=r"losses are finite, but their gradient is .* at step 9"):
+        engine.train_step(dataclasses.replace(batch, step=9))
+    assert torch.equal(engine.module.clip.visual.proj, before)
+    engine.deepspeed.zero_grad()
+    engine.train_step(batch)
+    handle.remove()
+    key = samples.keys[int(batch.sample_ids[0])]
+    with pytest.raises(DeclipError, match=rf"the weights were not finite before it, .*'{key}'"):
+        engine.train_step(dataclasses.replace(batch, step=1))

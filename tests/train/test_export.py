@@ -19,6 +19,8 @@ from PIL import Image
 from declip_shards import DeclipError
 from declip_train.export import (
     CONFIG_NAME,
+    HEADS_NAME,
+    SAFE_NAME,
     WEIGHTS_NAME,
     PreprocessSettings,
     Scalar,
@@ -50,11 +52,13 @@ import open_clip, torch
 from PIL import Image
 for folder in sys.argv[1:]:
     weights = f"{folder}/export/open_clip_pytorch_model.bin"
+    safe = f"{folder}/export/open_clip_model.safetensors"
     data = np.load(f"{folder}/inputs.npz")
     open_clip.add_model_config(f"{folder}/configs")
     for way, name, pretrained in (
         ("local-dir", f"local-dir:{folder}/export", None),
         ("name and path", f"our-{Path(folder).name}", weights),
+        ("safetensors", f"our-{Path(folder).name}", safe),
     ):
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, require_pretrained=True
@@ -104,7 +108,7 @@ SETTINGS = PreprocessSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interp
 def write_case(folder: Path, picture: Image.Image, name: str) -> None:
     """An export, and what the other side is to compute with it."""
     model, heads = make_model(name, logit_bias=CASES[name])
-    config_path, _ = export_open_clip(model, heads, folder / "export", SETTINGS, PROVENANCE)
+    config_path, *_ = export_open_clip(model, heads, folder / "export", SETTINGS, PROVENANCE)
     size = model.config.vision.image_size
     images = np.random.default_rng(1).normal(size=(4, 3, size, size)).astype(np.float32)
     np.savez(folder / "inputs.npz", images=images, token_ids=CaptionTokenizer()(CAPTIONS))
@@ -140,7 +144,7 @@ def test_open_clip_computes_our_features(answered: Path, picture: Image.Image, n
         our_images = model.encode_image(torch.from_numpy(images)).numpy()
         our_texts = model.encode_text(torch.from_numpy(token_ids)).numpy()
     assert min(np.abs(our_images).max(), np.abs(our_texts).max()) > 0.1
-    for way in ("local-dir", "name and path"):
+    for way in ("local-dir", "name and path", "safetensors"):
         theirs = np.load(folder / f"{way}.npz")
         np.testing.assert_allclose(our_images, theirs["images"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(our_texts, theirs["texts"], atol=1e-5, rtol=0)
@@ -178,7 +182,7 @@ def test_load_inverts_export(tmp_path: Path, name: str, logit_bias: float | None
 
 def test_towers_and_heads_are_kept_apart(tmp_path: Path) -> None:
     model, heads = make_model("test")
-    _, weights = export_open_clip(model, heads, tmp_path, PreprocessSettings(), {})
+    _, weights, *_ = export_open_clip(model, heads, tmp_path, PreprocessSettings(), {})
     content = torch.load(weights, weights_only=True)
     assert set(content) == {"state_dict", "aux_state_dict", "provenance"}
     assert not set(content["state_dict"]) & set(content["aux_state_dict"])
@@ -200,7 +204,8 @@ def test_equal_weights_make_equal_bytes(tmp_path: Path) -> None:
         again.logit_scale.add_(1e-3)
     third = export_open_clip(again, again_heads, tmp_path / "c", PreprocessSettings(), reordered)
     assert first[0].read_bytes() == third[0].read_bytes()
-    assert first[1].read_bytes() != third[1].read_bytes()
+    for place in (1, 2):
+        assert first[place].read_bytes() != third[place].read_bytes()
 
 
 @pytest.mark.parametrize("name", ["test", "test-rn"])
@@ -215,7 +220,7 @@ def test_training_precision_leaves_no_trace(tmp_path: Path, name: str) -> None:
 
 def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
     with_bias, _ = make_model("test", logit_bias=-10.0)
-    config, _ = export_open_clip(with_bias, None, tmp_path, PreprocessSettings(), {})
+    config, *_ = export_open_clip(with_bias, None, tmp_path, PreprocessSettings(), {})
     content = json.loads(config.read_text())
     del content["model_cfg"]["init_logit_bias"]
     config.write_text(json.dumps(content))
@@ -223,11 +228,36 @@ def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
         load_export(tmp_path)
 
 
-def test_only_the_two_files_are_there(tmp_path: Path) -> None:
+def test_only_its_own_files_are_there(tmp_path: Path) -> None:
     model, heads = make_model("test")
-    for _ in range(2):
-        export_open_clip(model, heads, tmp_path, PreprocessSettings(), PROVENANCE)
-        assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    own = {CONFIG_NAME, WEIGHTS_NAME, SAFE_NAME}
+    for kept in (heads, heads, None):
+        paths = export_open_clip(model, kept, tmp_path, PreprocessSettings(), PROVENANCE)
+        wanted = own | ({HEADS_NAME} if kept is not None else set())
+        assert {path.name for path in tmp_path.iterdir()} == wanted
+        assert {path.name for path in paths} == wanted
+    export_open_clip(model, heads, tmp_path, PreprocessSettings(), PROVENANCE, pickled=False)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, SAFE_NAME, HEADS_NAME}
+
+
+def test_safetensors_hold_what_the_pickle_holds(tmp_path: Path) -> None:
+    model, heads = make_model("test", logit_bias=-9.5)
+    settings = PreprocessSettings(resize_mode="squash")
+    export_open_clip(model, heads, tmp_path, settings, PROVENANCE)
+    pickled = load_export(tmp_path)
+    (tmp_path / WEIGHTS_NAME).unlink()
+    safe = load_export(tmp_path)
+    assert (safe.preprocess, safe.provenance) == (settings, PROVENANCE)
+    for one, other in (
+        (pickled.model.state_dict(), safe.model.state_dict()),
+        (pickled.aux_state_dict, safe.aux_state_dict),
+    ):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    cut = (tmp_path / SAFE_NAME).read_bytes()[:-5]
+    (tmp_path / SAFE_NAME).write_bytes(cut)
+    with pytest.raises(DeclipError, match=r"open_clip_model.safetensors cannot be read \("):
+        load_export(tmp_path)
 
 
 def test_useless_weights_and_odd_provenance_write_nothing(tmp_path: Path) -> None:
@@ -251,7 +281,7 @@ def test_damaged_exports_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DeclipError, match=f"has no {CONFIG_NAME}: give the folder"):
         load_export(tmp_path)
     model, _ = make_model("test")
-    config, weights = export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
+    config, weights, safe = export_open_clip(model, None, tmp_path, PreprocessSettings(), {})
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DeclipError, match=r"cannot be read \(.*\): export the model again"):
@@ -266,6 +296,7 @@ def test_damaged_exports_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_export(tmp_path)
     config.write_text(text)
     weights.unlink()
+    safe.unlink()
     with pytest.raises(DeclipError, match=f"has no {WEIGHTS_NAME}"):
         load_export(tmp_path)
 

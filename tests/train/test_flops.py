@@ -187,3 +187,25 @@ def test_a_step_is_three_passes_of_what_is_trained() -> None:
 def test_torch_is_not_loaded() -> None:
     code = "import sys, declip_train.flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_a_gpus_peak_is_its_makers() -> None:
+    assert flops.known_peak("NVIDIA H200", "amp_bf16") == 989e12
+    assert flops.known_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert flops.known_peak("NVIDIA H100 PCIe", "fp16") == 756e12
+    assert flops.known_peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
+    assert flops.known_peak("NVIDIA GH200 480GB", "bf16") == 989e12
+    assert flops.known_peak("NVIDIA GeForce RTX 4090", "bf16") == 165.2e12
+    assert flops.known_peak("Some Other Device", "bf16") is None
+    for half, single in flops.PEAKS.values():
+        assert half > single > 1e12
+
+
+def test_a_measured_peak_is_that_of_large_products() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    peak = flops.measured_peak(torch.device("cpu"), "fp32")
+    assert torch.equal(torch.get_rng_state(), before)
+    # Other processes may take any share of the core meanwhile.
+    assert 1e8 < peak < 1e13
+    assert 1e8 < flops.device_peak(torch.device("cpu"), "amp_bf16") < 1e13

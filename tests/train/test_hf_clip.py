@@ -188,7 +188,7 @@ def test_masked_tokens_are_no_padding_and_padding_moves_no_loss(models):
     assert torch.equal(real, module.clip.caption_mask(batch.targets))
     module.eval()
     terms, _ = module(batch)
-    longer = batch._with_tensors(
+    longer = batch.with_tensors(
         lambda name, value: (
             torch.nn.functional.pad(value, (0, 3))
             if name in ("token_ids", "targets", "replaced", "mask_positions")
@@ -202,7 +202,7 @@ def test_masked_tokens_are_no_padding_and_padding_moves_no_loss(models):
 
 def test_autocast_and_bfloat16_weights_stay_near_float32(models):
     settings = settings_of(models["bert"], "defilip")
-    batch = batch_of(settings)._with_tensors(
+    batch = batch_of(settings).with_tensors(
         lambda _, value: value.float() if value.is_floating_point() else value
     )
     exact, _ = TrainModule(settings)(batch)

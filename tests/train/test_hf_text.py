@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch.testing import assert_close
 
 from declip_shards import DeclipError
@@ -260,18 +262,16 @@ def test_the_minilm_of_a_registry_package_understands(models):
 @KINDS
 def test_the_loader_takes_its_tokenizer(models, kind, monkeypatch):
     captions = ["a red cat", "", "the dog on the mat", "blue dogs !"] * 3
-    samples = TrainingSamples(
+    samples = TrainingSamples.in_memory(
         keys=[f"{i:02d}" for i in range(12)],
         captions=captions,
         neighbor_captions=[("a cat",), ()] * 6,
-        shard_of=[0] * 12,
-        offsets=[0] * 12,
-        sizes=[0] * 12,
-        tar_paths=["none.tar"],
-        num_selected=12,
     )
-    picture = np.full((20, 20, 3), 128, np.uint8)
-    monkeypatch.setattr(BatchLoader, "_decoded", lambda self, index: picture)
+    gray = io.BytesIO()
+    Image.new("RGB", (20, 20), (128, 128, 128)).save(gray, "png")
+    monkeypatch.setattr(
+        TrainingSamples, "read_images", lambda self, indices: [gray.getvalue()] * len(indices)
+    )
     settings = TrainSettings(
         model="test", global_batch_size=6, epochs=1, warmup_steps=0, mask_probability=0.5
     )
@@ -281,7 +281,9 @@ def test_the_loader_takes_its_tokenizer(models, kind, monkeypatch):
     assert batch.targets is not None
     assert batch.mask_positions is not None
     for row, sample in enumerate(batch.sample_ids.tolist()):
-        assert tokenizer.decode(batch.targets[row].numpy()) == captions[sample]
+        told = tokenizer.decode(batch.targets[row].numpy())
+        # Decoding may close up what the tokenizer has parted.
+        assert told.replace(" ", "") == captions[sample].replace(" ", "")
     assert tokenizer.lengths(batch.targets.numpy()).max() == batch.targets.shape[1]
     real = tower_of(models[kind]).caption_mask(batch.token_ids)
     assert torch.equal(real, batch.targets != PAD), "masking hides no token from attention"

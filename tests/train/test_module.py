@@ -235,7 +235,7 @@ def test_caption_mask_ends_with_the_end_token():
 def test_autocast_stays_near_float32(name):
     settings = settings_of(name)
     half = dataclasses.replace(settings, precision="amp_bf16")
-    batch = batch_of(settings)._with_tensors(
+    batch = batch_of(settings).with_tensors(
         lambda _, value: value.float() if value.is_floating_point() else value
     )
     exact, _ = TrainModule(settings)(batch)

@@ -46,7 +46,7 @@ def test_a_missing_configuration_is_named(tmp_path):
 
 def test_number_of_steps():
     settings = TrainSettings(global_batch_size=10, epochs=2.5, warmup_steps=0)
-    assert settings.num_steps(109) == 25
+    assert settings.num_steps(109) == 27
     with pytest.raises(DeclipError, match="larger than the 9 samples"):
         settings.num_steps(9)
     with pytest.raises(DeclipError, match="takes the whole run of 25 steps"):

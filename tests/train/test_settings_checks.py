@@ -94,3 +94,15 @@ def test_names_of_what_nothing_reads_are_settings():
     for method in ("clip", "slip", "filip", "declip", "defilip"):
         for name in unread_settings(TrainSettings(method=method)):
             assert hasattr(TrainSettings(), name)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"data_weights": ("2",)}, "train_data is unset"),
+        ({"evaluate_every_steps": 5}, "evaluate_data is not"),
+    ],
+)
+def test_settings_that_need_one_another(values, sentence):
+    with pytest.raises(DeclipError, match=sentence):
+        TrainSettings(**values)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -20,16 +21,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+import declip_pixels
 from declip_shards import DeclipError
+from declip_train.philox import uniform_numbers
 from declip_train.views import ViewParameters
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the channels (red, green, blue) of [0, 1] images: OpenAI's, which exports name."""
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the channels, as above."""
+_Matrix: TypeAlias = NDArray[np.float32]
 _CROP_TRIES = 10
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
+LEAST_SIGMA = 0.3
+"""Blurs up to here, in pixels, are left out: a neighbor would weigh less than half a step of 8
+bits."""
 # A row of uniform numbers holds every choice of a view, used or not, at a fixed place.
 _CROP = slice(0, 4 * _CROP_TRIES)
 _REST = 4 * _CROP_TRIES
@@ -56,137 +64,235 @@ class ColorChoices(NamedTuple):
 
 def view_draws(seed: int, epoch: int, key: str, view: int) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) for one view of one sample: a pure function of the arguments."""
-    text = f"{seed}/{epoch}/{view}/{key}".encode("utf-8", "surrogatepass")
-    number = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=number)).random(_NUM_DRAWS)
+    draws: NDArray[np.float64] = view_draws_batch(seed, [epoch], [key], view)[0]
+    return draws
+
+
+def view_draws_batch(
+    seed: int, epochs: Sequence[int], keys: Sequence[str], view: int
+) -> NDArray[np.float64]:
+    """Uniform numbers (n, k) in [0, 1) for one view of each of n samples.
+
+    Row ``i`` is a pure function of (seed, epochs[i], keys[i], view): the stream of numpy's
+    ``Generator(Philox(key=...))`` for a key that is the BLAKE2b digest of the four. The streams are
+    computed together, which takes a fraction of the time of so many generators.
+    """
+    if len(epochs) != len(keys):
+        raise ValueError(f"{len(keys)} keys have {len(epochs)} epochs.")
+    texts = [
+        f"{seed}/{epoch}/{view}/{key}".encode("utf-8", "surrogatepass")
+        for epoch, key in zip(epochs, keys, strict=True)
+    ]
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    return uniform_numbers(np.frombuffer(digests, "<u8").reshape(-1, 2), _NUM_DRAWS)
 
 
 def crop_box(
     draws: NDArray[np.float64], height: int, width: int, scale_min: float
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop: area in [scale_min, 1], aspect in [3/4, 4/3].
+    """(top, left, height, width) of a random crop: :func:`crop_boxes` of one view."""
+    (box,) = crop_boxes(draws[None], np.array([[height, width]]), scale_min).tolist()
+    return box[0], box[1], box[2], box[3]
+
+
+def crop_boxes(
+    draws: NDArray[np.float64], sizes: NDArray[np.integer[Any]], scale_min: float
+) -> NDArray[np.int32]:
+    """(n, 4) top, left, height, width of random crops: area in [scale_min, 1], aspect in
+    [3/4, 4/3].
 
     Ten tries, then the largest centered crop of an allowed aspect, as RandomResizedCrop of
     Inception (arXiv 1409.4842) is done everywhere.
+
+    Args:
+        draws: (n, k) from :func:`view_draws_batch`.
+        sizes: (n, 2) heights and widths of the pictures; 0 by 0 gives an empty box.
+        scale_min: least share of the area.
     """
-    tries = draws[_CROP].reshape(_CROP_TRIES, 4)
-    area = (scale_min + (1 - scale_min) * tries[:, 0]) * (height * width)
-    aspect = np.exp(_ASPECT[0] + (_ASPECT[1] - _ASPECT[0]) * tries[:, 1])
+    tries = draws[:, _CROP].reshape(-1, _CROP_TRIES, 4)
+    full = sizes.astype(np.int64)
+    height, width = full[:, :1], full[:, 1:]
+    area = (scale_min + (1 - scale_min) * tries[..., 0]) * (height * width)
+    aspect = np.exp(_ASPECT[0] + (_ASPECT[1] - _ASPECT[0]) * tries[..., 1])
     widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-    if fits.any():
-        first = int(fits.argmax())
-        w, h = int(widths[first]), int(heights[first])
-        top = int(tries[first, 2] * (height - h + 1))
-        left = int(tries[first, 3] * (width - w + 1))
-        return top, left, h, w
-    w = min(width, max(1, round(height * math.exp(_ASPECT[1]))))
-    h = min(height, max(1, round(width / math.exp(_ASPECT[0]))))
-    return (height - h) // 2, (width - w) // 2, h, w
+    rows, first = np.arange(len(full)), fits.argmax(1)
+    h, w = heights[rows, first], widths[rows, first]
+    height, width = height[:, 0], width[:, 0]
+    top = (tries[rows, first, 2] * (height - h + 1)).astype(np.int64)
+    left = (tries[rows, first, 3] * (width - w + 1)).astype(np.int64)
+    whole_w = np.minimum(width, np.maximum(1, np.rint(height * math.exp(_ASPECT[1]))))
+    whole_h = np.minimum(height, np.maximum(1, np.rint(width / math.exp(_ASPECT[0]))))
+    whole = ((height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w)
+    boxes = np.where(fits.any(1), np.stack([top, left, h, w]), np.stack(whole))
+    return np.ascontiguousarray(boxes.T.astype(np.int32))
+
+
+def draw_flips(draws: NDArray[np.float64], parameters: ViewParameters) -> NDArray[np.bool_]:
+    """(n,) whether to mirror, from uniform numbers (n, k)."""
+    return draws[:, _REST + 12] < parameters.flip_probability
+
+
+def color_choices(
+    draws: NDArray[np.float64], parameters: ViewParameters, image_size: int
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.float32],
+    NDArray[np.bool_],
+    NDArray[np.bool_],
+    NDArray[np.float32],
+]:
+    """The fields of :class:`ColorChoices`, of n views each, from uniform numbers (n, k)."""
+    rest = draws[:, _REST:]
+    spread = 2 * rest[:, 4:8] - 1
+    strengths = (parameters.brightness, parameters.contrast, parameters.saturation)
+    factors = np.empty_like(spread)
+    factors[:, :3] = 1 + spread[:, :3] * np.array(strengths)
+    factors[:, 3] = spread[:, 3] * parameters.hue * 360
+    sigma = 0.1 + (parameters.blur_sigma_max - 0.1) * rest[:, 11]
+    sigma = (sigma * image_size / 224).astype(np.float32)
+    return (
+        np.argsort(rest[:, :4], axis=1, kind="stable"),
+        factors.astype(np.float32),
+        rest[:, 8] < parameters.jitter_probability,
+        rest[:, 9] < parameters.gray_probability,
+        np.where(rest[:, 10] < parameters.blur_probability, sigma, np.float32(0)),
+    )
 
 
 def draw_colors(
     draws: NDArray[np.float64], parameters: ViewParameters, image_size: int
 ) -> ColorChoices:
     """Color choices of a view from its uniform numbers."""
-    rest = draws[_REST:]
-    spread = 2 * rest[4:8] - 1
-    strengths = (parameters.brightness, parameters.contrast, parameters.saturation)
-    factors = np.empty_like(spread)
-    factors[:3] = 1 + spread[:3] * np.array(strengths)
-    factors[3] = spread[3] * parameters.hue * 360
-    sigma = 0.1 + (parameters.blur_sigma_max - 0.1) * rest[11]
-    blurred = rest[10] < parameters.blur_probability
-    return ColorChoices(
-        order=np.argsort(rest[:4], kind="stable"),
-        factors=factors.astype(np.float32),
-        jitter=bool(rest[8] < parameters.jitter_probability),
-        gray=bool(rest[9] < parameters.gray_probability),
-        sigma=float(np.float32(sigma * image_size / 224)) if blurred else 0.0,
-    )
+    order, factors, jitter, gray, sigma = color_choices(draws[None], parameters, image_size)
+    return ColorChoices(order[0], factors[0], bool(jitter[0]), bool(gray[0]), float(sigma[0]))
 
 
-def _luma(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Brightness (S, S, 1) of (S, S, 3)."""
-    light: NDArray[np.float32] = image[..., 0] * np.float32(_LUMA[0])
-    light += image[..., 1] * np.float32(_LUMA[1])
-    light += image[..., 2] * np.float32(_LUMA[2])
-    return light[..., None]
+class _Scratch(threading.local):
+    """Buffers of a thread that changes colors: memory that is new each time costs more than the
+    arithmetic on it, for the kernel hands it out page by page."""
+
+    size = 0
+
+    def prepare(self, size: int) -> None:
+        """Have buffers for views of ``size`` squared."""
+        if self.size != size:
+            self.size = size
+            self.image: NDArray[np.float32] = np.empty((size, size, 3), np.float32)
+            self.other: NDArray[np.float32] = np.empty((size, size, 3), np.float32)
+            self.light: NDArray[np.float32] = np.empty((size, size), np.float32)
+            self.soft: NDArray[np.float32] = np.empty((size, size), np.float32)
 
 
-def _shift_hue(image: NDArray[np.float32], degrees: np.float32) -> NDArray[np.float32]:
-    """Turn the hue of (S, S, 3) by up to half a turn, in HSV."""
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    hue = hsv[..., 0] + degrees
-    # The remainder by 360, without a division: one turn more or less is all it can be.
-    hsv[..., 0] = hue + np.float32(360) * ((hue < 0).astype(np.float32) - (hue >= 360))
-    turned: NDArray[np.float32] = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return turned
+_scratch = _Scratch()
 
 
-def _jitter_once(
-    image: NDArray[np.float32], operation: int, amount: np.float32
-) -> NDArray[np.float32]:
-    """One of brightness 0, contrast 1, saturation 2, hue 3 on (S, S, 3) in [0, 1], in place
-    where it can be."""
+def _color_matrix(operation: int, amount: float, light: NDArray[np.float32] | None) -> _Matrix:
+    """(3, 4): how brightness 0, contrast 1, saturation 2 and hue 3 (of HSV) move a color.
+
+    ``light`` is the picture's brightness, which contrast asks for.
+    """
+    matrix = np.zeros((3, 4), np.float32)
     if operation == 3:
-        return _shift_hue(image, amount)
-    if operation == 0:
-        image *= amount
+        np.fill_diagonal(matrix, 1)
+        # Less than two turns, and not below none: what the way back from HSV takes.
+        matrix[0, 3] = amount + 360 if amount < 0 else amount
+        return matrix
+    np.fill_diagonal(matrix, amount)
+    if light is not None:
+        matrix[:, 3] = (1 - amount) * float(light.mean())
+    elif operation == 2:
+        matrix[:, :3] += np.float32(1 - amount) * np.array(LUMA, np.float32)
+    return matrix
+
+
+def _jitter_once(operation: int, amount: float) -> None:
+    """One of brightness 0, contrast 1, saturation 2, hue 3 on this thread's view in [0, 1].
+
+    Each is one matrix on the colors of all pixels, which OpenCV applies in one pass.
+    """
+    image, other, light = _scratch.image, _scratch.other, None
+    if operation == 3:
+        cv2.cvtColor(image, cv2.COLOR_RGB2HSV, dst=other)
+        cv2.transform(other, _color_matrix(operation, amount, None), dst=image)
+        cv2.cvtColor(image, cv2.COLOR_HSV2RGB, dst=other)
     else:
-        ground: NDArray[np.float32] | np.float32 = _luma(image)
         if operation == 1:
-            ground = ground.mean()
-        image -= ground
-        image *= amount
-        image += ground
-    return np.clip(image, 0, 1, out=image)
+            light = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY, dst=_scratch.light)
+        cv2.transform(image, _color_matrix(operation, amount, light), dst=other)
+    np.clip(other, 0, 1, out=other)
+    _scratch.image, _scratch.other = other, image
+
+
+def _changed(view: NDArray[np.uint8], choices: ColorChoices) -> NDArray[np.float32]:
+    """Jitter, gray and blur of (S, S, 3); (S, S, 3) or, where gray, (S, S) of this thread's."""
+    _scratch.prepare(len(view))
+    np.copyto(_scratch.image, view)
+    _scratch.image /= np.float32(255)
+    if choices.jitter:
+        for operation in choices.order.tolist():
+            amount = float(choices.factors[operation])
+            if amount != (0 if operation == 3 else 1):
+                _jitter_once(operation, amount)
+    changed, other = _scratch.image, _scratch.other
+    if choices.gray:
+        changed = cv2.cvtColor(changed, cv2.COLOR_RGB2GRAY, dst=_scratch.light)
+        other = _scratch.soft
+    if choices.sigma > LEAST_SIGMA:
+        changed = cv2.GaussianBlur(changed, (0, 0), choices.sigma, dst=other)
+    return changed
 
 
 def change_colors(view: NDArray[np.uint8], choices: ColorChoices) -> NDArray[np.float32]:
-    """Jitter, gray and blur of (S, S, 3) uint8; returns float32 in [0, 1]."""
-    image: NDArray[np.float32] = view.astype(np.float32)
-    image /= np.float32(255)
-    if choices.jitter:
-        for operation in choices.order.tolist():
-            amount = choices.factors[operation]
-            if amount != (0 if operation == 3 else 1):
-                image = _jitter_once(image, operation, amount)
-    if choices.gray:
-        image[:] = _luma(image)
-    # Narrower than this, the kernel's neighbors weigh less than half an 8-bit step.
-    if choices.sigma > 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), choices.sigma)
-    return image
+    """Jitter, gray and blur of (S, S, 3) uint8; returns float32 (S, S, 3) in [0, 1].
+
+    The reference for :func:`declip_train.device_views.photometric`.
+    """
+    changed = _changed(view, choices)
+    return np.repeat(changed[..., None], 3, 2) if changed.ndim == 2 else changed.copy()
+
+
+def change_colors_into(
+    view: NDArray[np.uint8], choices: ColorChoices, planes: NDArray[np.float32]
+) -> None:
+    """:func:`change_colors`, then normalization, into (3, S, S); makes no array of its own."""
+    if not (choices.jitter or choices.gray or choices.sigma > LEAST_SIGMA):
+        for channel, plane in enumerate(planes):
+            cv2.LUT(cv2.extractChannel(view, channel), _NORMALIZED[channel], dst=plane)
+        return
+    changed = _changed(view, choices)
+    if changed.ndim == 3:
+        cv2.split(changed, list(planes))
+    for channel, plane in enumerate(planes):
+        _normalize(changed if choices.gray else plane, channel, plane)
+
+
+def _normalize(
+    values: NDArray[np.float32], channel: int, out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Normalize values of a channel in [0, 1]."""
+    np.subtract(values, np.float32(IMAGE_MEAN[channel]), out=out)
+    return np.divide(out, np.float32(IMAGE_STD[channel]), out=out)
+
+
+_STEPS = np.arange(256, dtype=np.float32) / np.float32(255)
+_NORMALIZED = [_normalize(_STEPS, channel, np.empty_like(_STEPS)) for channel in range(3)]
+"""What each value of 8 bits is when normalized, by channel."""
 
 
 def decode_image(data: bytes, key: str) -> NDArray[np.uint8]:
-    """Encoded image -> (height, width, 3) uint8, red first.
+    """Encoded image -> (height, width, 3) uint8, red first, upright.
 
     Raises:
-        DeclipError: the bytes are no image.
+        DeclipError: the bytes are no image, or not all of one.
     """
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DeclipError(f"the picture of sample {key!r} cannot be decoded; rerun ingest.")
-    rgb: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return rgb
-
-
-def resize_crop(
-    image: NDArray[np.uint8], box: tuple[int, int, int, int], size: int, flip: bool
-) -> NDArray[np.uint8]:
-    """Cut ``box`` out of an image, resize it to ``size`` squared, mirror it if asked for.
-
-    Shrinking averages areas (no aliasing), enlarging is bicubic.
-    """
-    top, left, height, width = box
-    shrinks = height >= size and width >= size
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    cut = image[top : top + height, left : left + width]
-    view: NDArray[np.uint8] = cv2.resize(cut, (size, size), interpolation=method)
-    return view[:, ::-1] if flip else view
+    (image,) = declip_pixels.decode_pictures([data])
+    if isinstance(image, str):
+        raise DeclipError(
+            f"the picture of sample {key!r} cannot be decoded: {image}; rerun ingest."
+        )
+    return image
 
 
 def random_view(
@@ -210,20 +316,20 @@ def random_view(
         seed: of the run.
         epoch: pass over the data, from 0.
 
-    Source: MoCo v2 (arXiv 2003.04297) for the set of that name.
+    Resizing is bicubic and antialiased (:mod:`declip_pixels`), as that of the papers' and
+    open_clip's RandomResizedCrop. Source: MoCo v2 (arXiv 2003.04297) for the set of that name.
     """
-    height, width = image.shape[:2]
-    draws = view_draws(seed, epoch, key, view)
-    box = crop_box(draws, height, width, parameters.crop_scale_min)
-    flip = bool(draws[_REST + 12] < parameters.flip_probability)
-    return change_colors(resize_crop(image, box, size, flip), draw_colors(draws, parameters, size))
+    draws = view_draws_batch(seed, [epoch], [key], view)
+    boxes = crop_boxes(draws, np.array([image.shape[:2]]), parameters.crop_scale_min)
+    pixels = np.empty((1, size, size, 3), np.uint8)
+    declip_pixels.resize_views(image, boxes, draw_flips(draws, parameters), size, pixels)
+    return change_colors(pixels[0], draw_colors(draws[0], parameters, size))
 
 
 def normalize_into(view: NDArray[np.float32], planes: NDArray[np.float32]) -> None:
     """Write (size, size, 3) in [0, 1], normalized, into (3, size, size)."""
-    for channel in range(3):
-        np.subtract(view[..., channel], np.float32(IMAGE_MEAN[channel]), out=planes[channel])
-        planes[channel] /= np.float32(IMAGE_STD[channel])
+    for channel, plane in enumerate(planes):
+        _normalize(view[..., channel], channel, plane)
 
 
 def to_tensor(views: NDArray[np.float32]) -> Tensor:

@@ -1,44 +1,85 @@
-"""Checkpoints that are whole or not there: our own commit around DeepSpeed's files.
+"""Checkpoints that are whole or not there: our own commit around DeepSpeed's states.
 
     train/checkpoints/RUN/step_00000120/   DeepSpeed's files, rank_00000.json, ..., manifest.json
+    train/checkpoints/RUN/latest           step_00000120
 
-Every process writes and flushes its files and hashes them; when all have, process 0 writes
-``manifest.json`` with every size and hash, by rename and last. DeepSpeed's own ``latest`` is never
-written: it can name a checkpoint of which half is missing. Loading takes the newest folder whose
-files equal its manifest, says aloud which it skipped and why, and the same on every process. RUN is
-a hash of what the result depends on, so a run never continues from another one's weights.
+DeepSpeed says what belongs to a checkpoint; the files are written here, by every process its own,
+under a name that is no checkpoint's, and flushed and hashed. When all processes have, process 0
+writes ``manifest.json`` with every size and hash, gives the folder its name, and moves ``latest``.
+(DeepSpeed's own ``latest`` can name a checkpoint of which half is missing.) Loading takes the
+newest folder whose files equal its manifest, says aloud which it skipped and why, and the same on
+every process. RUN is a hash of what the result depends on, so a run never continues from another
+one's weights; how many processes wrote a checkpoint, and in which ZeRO stage, is not part of it.
 
-DeepSpeed reads its files by pickle, which can run code: nothing is loaded that the manifest in our
-own run folder does not vouch for.
+Nothing is unpickled but tensors, plain values and four known classes, whatever a manifest says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
+import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+import declip_train
 from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
-from declip_shards.store import TEMPORARY_MARK, atomic_write, sync_folder
+from declip_train.async_save import BackgroundWrite, write_files
+from declip_train.checkpoint_files import (
+    FORMAT_VERSION,
+    LATEST,
+    MANIFEST,
+    FileRecord,
+    StateFile,
+    arrange,
+    check_checkpoint,
+    commit_folder,
+    file_digest,
+    foreign_content,
+    free_bytes,
+    new_folder,
+    prune,
+    read_latest,
+    readable_size,
+    remove_newer,
+    remove_unfinished,
+    state_bytes,
+    step_of,
+    tag_of,
+    tags,
+    unfinished_folder,
+)
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-"""Of a checkpoint's manifest."""
-_TAG = re.compile(r"step_(\d{8})")
-_RANK_FILE = re.compile(r"(?:zero_pp_rank_|rank_)(\d+)")
+__all__ = [
+    "FORMAT_VERSION",
+    "LATEST",
+    "MANIFEST",
+    "Checkpoints",
+    "check_checkpoint",
+    "file_digest",
+    "random_states",
+    "restore_random_states",
+    "seed_random_states",
+    "step_of",
+    "tag_of",
+]
+
+_T = TypeVar("_T")
 
 
 class _Engine(Protocol):
     """What of DeepSpeed's engine is used here."""
+
+    checkpoint_engine: Any
 
     def save_checkpoint(
         self, save_dir: str, tag: str, client_state: dict[str, Any], save_latest: bool
@@ -46,55 +87,96 @@ class _Engine(Protocol):
 
     def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, dict[str, Any]]: ...
 
-
-def tag_of(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` steps."""
-    return f"step_{step:08d}"
+    def zero_optimization_stage(self) -> int: ...
 
 
-def step_of(folder: Path) -> int | None:
-    """Steps behind the checkpoint in a folder of this name; None for any other name."""
-    found = _TAG.fullmatch(folder.name)
-    return int(found.group(1)) if found else None
+class _Collector:
+    """Stands in for DeepSpeed's writer: takes what is to be saved, and writes nothing."""
+
+    def __init__(self) -> None:
+        self.contents: list[tuple[str, Any]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.contents.append((Path(path).name, state_dict))
+
+    def create(self, info: object) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def commit(self, info: object) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, rank: int) -> bool:
+        return rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_checkpoint(folder: Path, run: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint must not be loaded, in words; None when every file is as its manifest says.
-
-    Args:
-        folder: the checkpoint.
-        run: what it must be of: fields of the manifest that must be equal.
-    """
+@contextmanager
+def _collected(engine: _Engine) -> Iterator[_Collector]:
+    """DeepSpeed's saving goes to a collector. It must touch no disk: a process whose disk is full
+    would leave the others waiting in a barrier of DeepSpeed's."""
+    own, collector = engine.checkpoint_engine, _Collector()
+    engine.checkpoint_engine = collector
+    # A copy of a script for ZeRO's files, which `declip export` makes needless.
+    vars(engine)["_copy_recovery_script"] = lambda folder: None
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = manifest["files"]
-    except FileNotFoundError:
-        return "it has no manifest, so it was never finished"
-    except (ValueError, KeyError, TypeError):
-        return "its manifest is damaged"
-    if manifest.get("format_version") != FORMAT_VERSION:
-        return f"its manifest has format {manifest.get('format_version')}, not {FORMAT_VERSION}"
-    for name, value in run.items():
-        if manifest.get(name) != value:
-            return f"it is of another run ({name} is {manifest.get(name)!r}, not {value!r})"
-    for record in files:
-        path = folder / record["path"]
-        if path.parent != folder or path.is_symlink() or not path.is_file():
-            return f"{record['path']} is missing"
-        if path.stat().st_size != record["size"]:
-            return f"{record['path']} is cut short or grown"
-        if file_digest(path) != record["sha256"]:
-            return f"{record['path']} has changed since it was written"
-    return None
+        yield collector
+    finally:
+        engine.checkpoint_engine = own
+        vars(engine).pop("_copy_recovery_script", None)
+
+
+def random_states() -> dict[str, Any]:
+    """State of every generator that training may draw from, as plain JSON values."""
+    # What libraries draw from that take no generator; our own code draws nothing from it.
+    name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    number, inner, next_gauss = random.getstate()
+    states = {
+        "torch": _hex(torch.get_rng_state()),
+        "numpy": [name, np.asarray(keys).tolist(), int(place), int(has_gauss), float(gauss)],
+        "python": [number, list(inner), next_gauss],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _hex(torch.cuda.get_rng_state())
+    return states
+
+
+def _hex(state: torch.Tensor) -> str:
+    raw: bytes = state.numpy().tobytes()
+    return raw.hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).clone()
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of :func:`random_states`; a GPU's is skipped where there is none."""
+    torch.set_rng_state(_from_hex(states["torch"]))
+    name, keys, place, has_gauss, gauss = states["numpy"]
+    inner_numpy = (name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss)
+    np.random.set_state(inner_numpy)  # noqa: NPY002
+    number, inner, next_gauss = states["python"]
+    random.setstate((number, tuple(inner), next_gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(states["cuda"]))
+
+
+def seed_random_states(run: Mapping[str, Any], step: int, rank: int) -> None:
+    """Seed every generator from a run, a step and a process's number.
+
+    For a run that continues in another number of processes, whose states nobody has saved.
+    """
+    name = canonical_json({"run": dict(run), "step": step, "rank": rank})
+    seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
+    torch.manual_seed(seed >> 1)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    random.seed(seed)
 
 
 class Checkpoints:
@@ -103,21 +185,39 @@ class Checkpoints:
     Args:
         folder: holds one folder a checkpoint; created.
         run: identity of the run, written into each manifest and asked for on loading: plain JSON
-            values that name settings, data, processes and versions.
+            values that name settings, data and whatever else the result depends on. Not the
+            number of processes, the ZeRO stage or versions: those stand in the manifest as
+            ``made_by``.
         keep: newest checkpoints to keep.
         say: takes one line for the person who watches.
+        keep_every: checkpoints of steps that this divides are kept for good.
+        in_background: let training go on while a checkpoint is written, from a copy in memory.
     """
 
     def __init__(
-        self, folder: Path, run: Mapping[str, Any], *, keep: int, say: Callable[[str], None]
+        self,
+        folder: Path,
+        run: Mapping[str, Any],
+        *,
+        keep: int,
+        say: Callable[[str], None],
+        keep_every: int | None = None,
+        in_background: bool = False,
     ) -> None:
         self.folder, self.run, self.keep, self.say = folder, dict(run), keep, say
+        self.keep_every, self.in_background = keep_every, in_background
         self.rank = dist.get_rank()
         self.restored: dict[str, Any] = {}
         """What was saved with the checkpoint that :meth:`restore` loaded."""
+        self._pending: BackgroundWrite | None = None
+        self._made_by: dict[str, Any] = {}
+        self._newest: int | None = None
 
     def save(self, engine: _Engine, step: int, more: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint after ``step`` steps; every process calls this at the same step.
+
+        With ``in_background``, it is there after :meth:`poll` or :meth:`finish`; one that is still
+        being written is waited for first.
 
         Args:
             engine: DeepSpeed's.
@@ -125,70 +225,150 @@ class Checkpoints:
             more: further state of the loop, plain JSON values; ``restored`` after :meth:`restore`.
 
         Raises:
-            DeclipError: some process could not write; the checkpoints before stay as they were.
+            DeclipError: the disk is too full, or some process could not write; the checkpoints
+                before stay as they were, and nothing of this one is left.
         """
-        folder = self.folder / tag_of(step)
-        if self.rank == 0:
-            # What a killed save left behind must not mix with this one.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier()
-        fault = None
-        records: list[dict[str, Any]] = []
-        try:
-            engine.save_checkpoint(str(self.folder), tag_of(step), {}, save_latest=False)
-            state = {"step": step, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
-            state |= {"loop": dict(more)} if more else {}
-            atomic_write(folder / f"rank_{self.rank:05d}.json", canonical_json(state))
-            records = [_flush(path) for path in self._own_files(folder)]
-        except OSError as error:
-            fault = f"process {self.rank} could not write {folder.name}: {error.strerror or error}"
-        everyone: list[tuple[str | None, list[dict[str, Any]]]] = [(None, [])] * (
-            dist.get_world_size()
-        )
-        dist.all_gather_object(everyone, (fault, records))
-        faults = [text for text, _ in everyone if text]
-        if faults:
-            raise DeclipError(
-                f"{faults[0]}; free some disk space and run again, it goes on from the checkpoint "
-                "before."
-            )
-        if self.rank == 0:
-            files = sorted((r for _, own in everyone for r in own), key=lambda r: str(r["path"]))
-            manifest = {**self.run, "format_version": FORMAT_VERSION, "step": step, "files": files}
-            sync_folder(folder)
-            atomic_write(folder / MANIFEST, canonical_json(manifest))
-            sync_folder(self.folder)
-            self.prune(self.keep)
-        dist.barrier()
+        self.finish()
+        self._made_by = self._maker(engine)
+        files = self._collect(engine, step, more)
+        everyone = self._of_all(sum(state_bytes(file.content) for file in files))
+        fault = self._make_room(step, sum(everyone)) if self.rank == 0 else None
+        self._stop_at(self._of_first(fault), step)
+        folder = unfinished_folder(self.folder, step)
+        if self.in_background:
+            self._pending = BackgroundWrite(folder, files, step)
+        else:
+            self._commit(step, *write_files(folder, files))
 
-    def _own_files(self, folder: Path) -> list[Path]:
-        """Files of this process: its number stands in their names; the others are process 0's."""
-        own = []
-        for path in sorted(folder.iterdir()):
-            found = _RANK_FILE.match(path.name)
-            writer = int(found.group(1)) if found else 0
-            if writer == self.rank and TEMPORARY_MARK not in path.name:
-                own.append(path)
-        return own
+    def poll(self) -> bool:
+        """Commit the checkpoint that is being written, if all processes are done writing.
+
+        Every process calls this after every step. While nothing is being written it costs nothing;
+        else it is one reduction of one number.
+
+        Returns:
+            Whether a checkpoint was committed.
+
+        Raises:
+            DeclipError: as :meth:`save`.
+        """
+        if self._pending is None:
+            return False
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        done = torch.tensor(int(self._pending.is_done), device=device)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        if not int(done):
+            return False
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and commit it; every process calls this.
+
+        Raises:
+            DeclipError: as :meth:`save`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._commit(pending.step, *pending.result())
+
+    def _collect(
+        self, engine: _Engine, step: int, more: Mapping[str, Any] | None
+    ) -> list[StateFile]:
+        """This process's files, tensors on the host."""
+        with _collected(engine) as collector:
+            engine.save_checkpoint(str(self.folder), tag_of(step), {}, save_latest=False)
+        files = [
+            StateFile(name=name, content=arrange(content, copy=self.in_background))
+            for name, content in collector.contents
+        ]
+        state: dict[str, Any] = {"step": step, "random": random_states()}
+        state |= {"loop": dict(more)} if more else {}
+        name = f"rank_{self.rank:05d}.json"
+        return [*files, StateFile(name=name, content=canonical_json(state))]
+
+    def _make_room(self, step: int, needed: int) -> str | None:
+        """The folder to write to; why there is none, in words."""
+        try:
+            new_folder(self.folder, step)
+            free = free_bytes(self.folder)
+        except OSError as error:
+            return f"{str(self.folder)!r} cannot be written to ({error.strerror or error})"
+        if needed <= free:
+            return None
+        return (
+            f"the checkpoint after step {step} needs {readable_size(needed)} ({needed} bytes), but "
+            f"{readable_size(free)} ({free} bytes) are free in {str(self.folder)!r}"
+        )
+
+    def _commit(self, step: int, fault: str | None, records: list[FileRecord]) -> None:
+        everyone = self._of_all((fault, records))
+        faults = [
+            f"process {rank} could not write the checkpoint after step {step}: {text}"
+            for rank, (text, _) in enumerate(everyone)
+            if text
+        ]
+        if self.rank == 0 and not faults:
+            files = sorted((r for _, own in everyone for r in own), key=lambda r: str(r["path"]))
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+            manifest |= {"made_by": self._made_by}
+            try:
+                commit_folder(self.folder, step, {**self.run, **manifest})
+            except OSError as error:
+                faults = [f"the checkpoint after step {step} has no place: {error.strerror}"]
+        self._stop_at(self._of_first(faults[0] if faults else None), step)
+        self._newest = step
+        if self.rank == 0:
+            for other in remove_newer(self.folder, step):
+                self.say(f"checkpoint {tag_of(other)} is removed: the run went on from before it")
+            self.prune(self.keep)
+
+    def _stop_at(self, fault: str | None, step: int) -> None:
+        """End the save on every process, with nothing of it left."""
+        if fault is None:
+            return
+        if self.rank == 0:
+            shutil.rmtree(unfinished_folder(self.folder, step), ignore_errors=True)
+        before = "begins anew" if self._newest is None else f"goes on after step {self._newest}"
+        raise DeclipError(f"{fault}; free some disk space and run again: it {before}.")
+
+    def _of_all(self, value: _T) -> list[_T]:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def _of_first(self, value: _T) -> _T:
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _maker(self, engine: _Engine) -> dict[str, Any]:
+        """What wrote, or reads, a checkpoint, and may differ between the two."""
+        names = ("torch", "deepspeed")
+        return {
+            "world_size": dist.get_world_size(),
+            "zero_stage": int(engine.zero_optimization_stage()),
+            "backend": str(dist.get_backend()),
+            "versions": {"declip_train": declip_train.__version__}
+            | {name: version(name) for name in names},
+        }
 
     def tags(self) -> list[tuple[int, Path]]:
         """(step, folder) of everything that looks like a checkpoint, newest first."""
-        if not self.folder.is_dir():
-            return []
-        found = ((_TAG.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return sorted(((int(m.group(1)), path) for m, path in found if m), reverse=True)
+        return tags(self.folder)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest; the manifest first, so that half removed is gone."""
-        for _, folder in self.tags()[keep:]:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove all but the ``keep`` newest and those that are kept for good."""
+        prune(self.folder, keep, self.keep_every)
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint that is whole; None where there is none. No collective."""
-        for step, folder in self.tags():
-            fault = check_checkpoint(folder, self.run)
+        found = self.tags()
+        named = read_latest(self.folder)
+        if named is not None and named not in [folder.name for _, folder in found]:
+            self.say(f"checkpoint {named}, which {LATEST!r} names, is not there")
+        for step, folder in found:
+            fault = check_checkpoint(folder, self.run) or foreign_content(folder)
             if fault is None:
                 return step
             self.say(f"checkpoint {folder.name} is skipped: {fault}")
@@ -198,33 +378,68 @@ class Checkpoints:
         """Load the newest whole checkpoint on every process; returns its step, 0 for none.
 
         Process 0 verifies and chooses; the others follow. Call this after everything that draws
-        random numbers at construction, since the generator's state is restored too.
+        random numbers at construction, since the generators' states are restored too: in as many
+        processes as wrote the checkpoint, each one's own; else seeded from run, step and process.
+
+        In as many processes and the same ZeRO stage the run goes on bit for bit. In others its
+        states are the same bits too, and what follows differs by the order of sums.
+
+        Raises:
+            DeclipError: the checkpoint is whole, and cannot be loaded all the same.
         """
-        choice: list[int | None] = [self.newest() if self.rank == 0 else None]
-        dist.broadcast_object_list(choice, src=0)
-        step = choice[0]
+        step = self._of_first(self._choose() if self.rank == 0 else None)
+        self._newest = step
         if step is None:
             return 0
-        path, _ = engine.load_checkpoint(str(self.folder), tag_of(step))
-        if path is None:
-            raise DeclipError(
-                f"DeepSpeed did not load the checkpoint {tag_of(step)}; delete it and run again."
-            )
         folder = self.folder / tag_of(step)
-        state = json.loads((folder / f"rank_{self.rank:05d}.json").read_bytes())
+        saved = json.loads((folder / MANIFEST).read_bytes())["made_by"]
+        now = self._maker(engine)
+        same_ranks = saved["world_size"] == now["world_size"]
+        same_stage = saved["zero_stage"] == now["zero_stage"]
+        if same_stage and (same_ranks or now["zero_stage"] == 0):
+            path, _ = engine.load_checkpoint(str(self.folder), folder.name)
+            if path is None:
+                raise DeclipError(
+                    f"DeepSpeed did not load the checkpoint {folder.name}; delete it and run again."
+                )
+        else:
+            from declip_train.elastic import restore_states
+
+            restore_states(engine, folder)
+        of_rank = self.rank if same_ranks else 0
+        state = json.loads((folder / f"rank_{of_rank:05d}.json").read_bytes())
         self.restored = state.get("loop", {})
-        raw = bytearray.fromhex(state["torch_rng"])
-        torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
+        if same_ranks:
+            restore_random_states(state["random"])
+        else:
+            seed_random_states(self.run, step, self.rank)
         if self.rank == 0:
-            self.say(f"continuing after step {step}")
+            self._tell(step, saved, now)
         return step
 
+    def _choose(self) -> int | None:
+        remove_unfinished(self.folder)
+        return self.newest()
 
-def _flush(path: Path) -> dict[str, Any]:
-    """Make a file durable and describe it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"path": path.name, "size": path.stat().st_size, "sha256": file_digest(path)}
+    def _tell(self, step: int, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Say where the run continues, and what is not as it was."""
+        change = ""
+        if any(saved[name] != now[name] for name in ("world_size", "zero_stage")):
+            change = (
+                f", written by {_processes(saved)}, in {_processes(now)}: the same batches, and "
+                "losses that are equal but for the order of sums"
+            )
+        self.say(f"continuing after step {step}{change}")
+        if saved["backend"] != now["backend"]:
+            self.say(f"WARNING: it was written under {saved['backend']}, this is {now['backend']}")
+        for name, was in saved["versions"].items():
+            if now["versions"].get(name) != was:
+                self.say(
+                    f"WARNING: the checkpoint was written with {name} {was}, this is "
+                    f"{now['versions'].get(name)}: what follows may differ from a straight run"
+                )
+
+
+def _processes(made_by: Mapping[str, Any]) -> str:
+    count = made_by["world_size"]
+    return f"{count} process{'' if count == 1 else 'es'} and ZeRO stage {made_by['zero_stage']}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -14,12 +15,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from declip_shards import DeclipError
+from declip_train import watching
+from declip_train.batch_record import BatchRecord, GeneratorStates
 from declip_train.compiling import compile_towers
 from declip_train.grad_cache import encode_parts, term_gradients
 from declip_train.loader import Batch
 from declip_train.methods import method_terms
 from declip_train.module import TrainModule, finish_metrics, forward_text_by_length
 from declip_train.optimizer import build_optimizer, learning_rate, parameter_groups
+from declip_train.phases import PhaseTimes
 from declip_train.precision import (
     clamp_scale,
     deepspeed_precision,
@@ -28,6 +32,7 @@ from declip_train.precision import (
     missing_loss_scale,
     refuse_precision,
 )
+from declip_train.pretrained import load_pretrained
 from declip_train.settings import TrainSettings
 from declip_train.tokenwise_triton import refuse_unless_usable
 
@@ -96,10 +101,17 @@ class StepRecord:
     """Whether some process was asked to stop (SIGTERM)."""
     save_asked: bool
     """Whether some process finds that a checkpoint is due."""
+    watched: Mapping[str, float] = field(default_factory=dict)
+    """At steps that the log has a record of: ``gradient_norm`` and the features' spreads, see
+    :mod:`declip_train.watching`."""
 
 
 _Arrival = Callable[[float], StepRecord]
 """Waits for a step's numbers; takes its learning rate."""
+
+
+def _rows(rows: Sequence[int]) -> list[str]:
+    return [f"row {row}" for row in rows]
 
 
 class _Computation(nn.Module):
@@ -131,16 +143,30 @@ class TrainEngine:
     Args:
         settings: the run.
         num_steps: steps of the whole run, for the schedule.
+        folder: of the run, where a batch is kept whose loss is not finite; None: it is not.
+        keys_of: keys of samples by their rows (``Batch.sample_ids``), for naming them; None: rows
+            are named.
+        say: takes lines about the weights that training starts from.
 
     Raises:
         DeclipError: the device has no such precision, the compiler is missing, or the model has
             nothing to freeze.
     """
 
-    def __init__(self, settings: TrainSettings, num_steps: int) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        num_steps: int,
+        *,
+        folder: Path | None = None,
+        keys_of: Callable[[list[int]], list[str]] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.settings, self.num_steps = settings, num_steps
+        self.folder, self.keys_of = folder, keys_of or _rows
         self.world_size = dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
+        self.phases = PhaseTimes(self.device)
         refuse_precision(settings)
         _refuse_kernel(settings, self.device)
         self.weights = dict(method_terms(settings.method, settings.weighting))
@@ -149,6 +175,7 @@ class TrainEngine:
             self.module.clip.freeze_patch_embedding()
         if settings.grad_checkpointing:
             self.module.clip.set_grad_checkpointing()
+        load_pretrained(self.module, settings, say)
         self.scales = [
             parameter
             for name, parameter in self.module.named_parameters()
@@ -156,6 +183,9 @@ class TrainEngine:
         ]
         self.deepspeed = self._start_deepspeed()
         self._skipped_in_a_row = 0
+        self._own_terms: Mapping[str, Tensor] = {}
+        self._features: Mapping[str, Tensor] = {}
+        self._previous_ids: Tensor | None = None
         exact_batch_norm(self.module)
         self.module.train()
         if settings.compile:
@@ -188,9 +218,12 @@ class TrainEngine:
 
         Raises:
             DeclipError: a loss term is not finite on some process (on all processes, at the same
-                step; nothing is updated), or float16 overflows however small its loss scale.
+                step; nothing is updated), nor, at a step that the log has a record of, the
+                gradient; or float16 overflows however small its loss scale.
         """
-        batch = batch.to(self.device)
+        given, generators = batch, GeneratorStates.take(self.device)
+        with self.phases.phase("augment"):
+            batch = batch.to(self.device)
         rate = learning_rate(self.settings, batch.step, self.num_steps)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
@@ -201,49 +234,118 @@ class TrainEngine:
             if parts == 1
             else self._compute_in_parts(batch, parts, wishes)
         )
+        watch = self._watch(batch)
         # The device computes gradients while the host waits for the losses alone.
         record = arrive(rate)
         wrong = [name for name, value in record.terms.items() if not math.isfinite(value)]
         if wrong:
-            raise DeclipError(
-                f"the loss term {wrong[0]!r} became {record.terms[wrong[0]]} at step {batch.step}; "
-                "lower peak_lr or raise warmup_steps; the last checkpoint is from before that."
-            )
-        skipped = self._update(batch.step)
-        for parameter in self.scales:
-            clamp_scale(
-                parameter,
-                full_precision(parameter, self.deepspeed.optimizer),
-                self.settings.logit_scale_min,
-                self.settings.logit_scale_max,
-            )
-        self.module.after_step()
-        return replace(record, skipped=True) if skipped else record
+            fault = f"the loss term {wrong[0]!r} became {record.terms[wrong[0]]}"
+            self._refuse(given, generators, fault)
+        watched = watch()
+        norm = watched.get("gradient_norm", 0.0)
+        if not math.isfinite(norm) and not self._skips_overflows:
+            self._refuse(given, generators, f"the losses are finite, but their gradient is {norm}")
+        self._features = {}
+        with self.phases.phase("step"):
+            skipped = self._update(batch.step)
+            for parameter in self.scales:
+                clamp_scale(
+                    parameter,
+                    full_precision(parameter, self.deepspeed.optimizer),
+                    self.settings.logit_scale_min,
+                    self.settings.logit_scale_max,
+                )
+            self.module.after_step()
+        self._previous_ids = given.sample_ids
+        return replace(record, skipped=skipped, watched=watched)
+
+    @property
+    def _skips_overflows(self) -> bool:
+        """Whether DeepSpeed takes no step where a gradient is not finite."""
+        return self.settings.precision in ("bf16", "fp16")
+
+    def _is_watched(self, step: int) -> bool:
+        """Whether the log has a record of this step (from 0)."""
+        return (step + 1) % self.settings.log_every_steps == 0 or step + 1 == self.num_steps
 
     def _compute_at_once(self, batch: Batch, wishes: tuple[bool, bool]) -> _Arrival:
-        terms, metrics = self.deepspeed(lambda: self.module(batch))
-        total = self._total(terms)
-        arrival = self._send({**terms, "total": total}, metrics, wishes)
+        with self.phases.phase("forward"):
+            terms, metrics = self.deepspeed(lambda: self._encode_and_compare(batch))
+            total = self._total(terms)
+            arrival = self._send({**terms, "total": total}, metrics, wishes)
         self._backward(total)
         return arrival
 
+    def _encode_and_compare(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        encoded = self.module.encode(batch)
+        self._features = {name: value.detach() for name, value in encoded.items()}
+        return self.module.terms(encoded, batch)
+
     def _compute_in_parts(self, batch: Batch, parts: int, wishes: tuple[bool, bool]) -> _Arrival:
         """Gradients of the whole batch by :mod:`grad_cache`; DeepSpeed's step is not taken yet."""
-        encoded = encode_parts(self.module, batch, parts)
-        terms, metrics = self.module.terms(encoded.features, batch)
-        total = self._total(terms)
-        arrival = self._send({**terms, "total": total}, metrics, wishes)
+        with self.phases.phase("forward"):
+            encoded = encode_parts(self.module, batch, parts)
+            self._features = {name: value.detach() for name, value in encoded.features.items()}
+            terms, metrics = self.module.terms(encoded.features, batch)
+            total = self._total(terms)
+            arrival = self._send({**terms, "total": total}, metrics, wishes)
         optimizer = self.deepspeed.optimizer
-        gradients = term_gradients(
-            total, encoded, self.module, float(getattr(optimizer, "loss_scale", 1.0))
-        )
+        with self.phases.phase("backward"):
+            gradients = term_gradients(
+                total, encoded, self.module, float(getattr(optimizer, "loss_scale", 1.0))
+            )
         surrogates = gradients.surrogates(self.module)
         for part in range(parts):
-            self._backward(self.deepspeed(lambda: next(surrogates)))
+            with self.phases.phase("forward"):
+                surrogate = self.deepspeed(lambda: next(surrogates))
+            self._backward(surrogate)
             if part + 1 < parts:
                 # Not at DeepSpeed's boundary: it counts the part, and updates nothing.
                 self.deepspeed.step()
         return arrival
+
+    def _watch(self, batch: Batch) -> Callable[[], Mapping[str, float]]:
+        """Start on what a record says beside the losses, once a record; nothing is changed by it.
+
+        All processes do this at the same steps; the result waits for the numbers.
+        """
+        if not self._is_watched(batch.step):
+            return dict
+        with self.phases.phase("other"):
+            spreads = watching.feature_spreads(
+                self._features, self.module.clip.caption_mask(batch.token_ids)
+            )
+            squared = watching.squared_gradient_norm(
+                self.module.parameters(), self.deepspeed.optimizer
+            )
+            return watching.shared_numbers(spreads, squared.to(self.device))
+
+    def _refuse(self, batch: Batch, generators: GeneratorStates, fault: str) -> NoReturn:
+        """Keep the batch, and end on all processes with one sentence that says where to look.
+
+        Raises:
+            DeclipError: always.
+        """
+        self._own_terms, terms = {}, {n: float(v) for n, v in self._own_terms.items()}
+        rows = watching.rows_not_finite(self._features, batch)
+        ids = batch.sample_ids.tolist()
+        record = BatchRecord(
+            step=batch.step,
+            rank=dist.get_rank(),
+            world_size=self.world_size,
+            fault=fault,
+            terms={name: str(number) for name, number in terms.items()},
+            keys=self.keys_of(ids),
+            bad_keys=self.keys_of([ids[row] for row in rows]),
+            bad_parameter=watching.parameter_not_finite(self.module),
+            previous_keys=[],
+            settings=self.settings,
+            batch=batch,
+            generators=generators,
+        )
+        if record.bad_parameter is not None and self._previous_ids is not None:
+            record = replace(record, previous_keys=self.keys_of(self._previous_ids.tolist()))
+        raise DeclipError(watching.keep_and_tell(record, self.folder, self.module))
 
     def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
@@ -252,8 +354,9 @@ class TrainEngine:
         # The parts' gradients add up to the batch's: no mean over parts is to be taken. In stage 0
         # DeepSpeed 0.19.8 takes one all the same, if it is given the very tensor that its forward
         # pass returned; a product is another tensor.
-        scaled = loss * missing_loss_scale(self.deepspeed.optimizer)
-        self.deepspeed.backward(scaled, scale_wrt_gas=False)
+        with self.phases.phase("backward"):
+            scaled = loss * missing_loss_scale(self.deepspeed.optimizer)
+            self.deepspeed.backward(scaled, scale_wrt_gas=False)
 
     def _update(self, step: int) -> bool:
         """DeepSpeed's step; returns whether it was skipped because a gradient overflowed."""
@@ -287,6 +390,7 @@ class TrainEngine:
 
         The numbers start on their way to the host here; the result waits for them.
         """
+        self._own_terms = {name: value.detach() for name, value in terms.items()}
         names = (*terms, *metrics)
         values = [v.detach().float().reshape(()) for v in (*terms.values(), *metrics.values())]
         values += [torch.full((), float(wish), device=self.device) for wish in wishes]

@@ -18,7 +18,13 @@ import torch.distributed as dist
 from declip_shards import DeclipError, Store, layout, neighbor_tables
 from declip_shards.neighbor_tables import TableVersion
 from declip_train.distributed import rank, world_size
-from declip_train.samples import TrainingSamples, embeddings_with, uses_stored, with_table
+from declip_train.samples import (
+    TrainingSamples,
+    embeddings_with,
+    num_changed,
+    uses_stored,
+    with_table,
+)
 from declip_train.settings import TrainSettings
 from declip_train.tables_in_use import hold_tables
 
@@ -214,10 +220,7 @@ class EpochTables:
 
     def _note(self, epoch: int, before: TrainingSamples, samples: TrainingSamples) -> None:
         assert samples.table is not None
-        changes = 0
-        if samples is not before:
-            pairs = zip(before.neighbor_captions, samples.neighbor_captions, strict=True)
-            changes = sum(old != new for old, new in pairs)
+        changes = 0 if samples is before else num_changed(before, samples)
         use = TableUse(
             epoch=epoch,
             version=samples.table,

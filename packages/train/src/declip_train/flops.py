@@ -6,22 +6,31 @@ norms, activations and softmax are a few percent of a GPU's time and of no multi
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from itertools import pairwise
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from declip_train.model_config import ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from declip_train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "BYTES_PER_VALUE",
     "activation_bytes",
     "activation_values",
     "contrastive_flops",
+    "device_peak",
     "forward_flops",
     "image_flops",
+    "known_peak",
     "linear_flops",
     "masked_token_flops",
+    "measured_peak",
     "parameter_counts",
     "step_flops",
     "text_flops",
@@ -38,6 +47,30 @@ BYTES_PER_VALUE: Mapping[str, float] = MappingProxyType(
 
 With amp_bf16 a transformer's residual stream, 2 of the 16 kept values a token and channel, stays in
 float32."""
+
+PEAKS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "H200": (989e12, 67e12),
+        "H100 PCIE": (756e12, 51e12),
+        "H100 NVL": (835e12, 60e12),
+        "H100": (989e12, 67e12),
+        "GH200": (989e12, 67e12),
+        "B200": (2250e12, 75e12),
+        "A100": (312e12, 19.5e12),
+        "A800": (312e12, 19.5e12),
+        "A40": (149.7e12, 37.4e12),
+        "A10": (125e12, 31.2e12),
+        "L4": (121e12, 30.3e12),
+        "L40S": (362e12, 91.6e12),
+        "V100": (125e12, 15.7e12),
+        "T4": (65e12, 8.1e12),
+        "RTX 4090": (165.2e12, 82.6e12),
+        "RTX 3090": (71e12, 35.6e12),
+    }
+)
+"""FLOPs a second of dense products in 16 and in 32 bits, from the makers' data sheets."""
+_PRODUCT_SIDE = {False: 512, True: 8192}
+_TRIES = 5
 
 
 def linear_flops(*sizes: int) -> int:
@@ -378,3 +411,57 @@ def activation_bytes(settings: TrainSettings, text_length: float | None = None) 
         grad_checkpointing=settings.grad_checkpointing,
     )
     return values * BYTES_PER_VALUE[settings.precision]
+
+
+def known_peak(device_name: str, precision: str) -> float | None:
+    """FLOPs a second of dense matrix products that a GPU's maker gives it; None for others.
+
+    With fp32, torch's own default for products is meant: float32 without TensorFloat-32.
+
+    Args:
+        device_name: as CUDA tells it, such as "NVIDIA H200".
+        precision: fp32, or any other for products in 16 bits.
+    """
+    words = device_name.upper().replace("-", " ").split()
+    for name, (half, single) in PEAKS.items():
+        if all(word in words for word in name.split()):
+            return single if precision == "fp32" else half
+    return None
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOPs a second of a large matrix product on this device, the best of a few tries.
+
+    It takes some tens of milliseconds, and draws no random number.
+    """
+    import torch
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    size = _PRODUCT_SIDE[device.type == "cuda"]
+    side = torch.full((size, size), 1 / size, dtype=dtype, device=device)
+    result = torch.empty_like(side)
+    best = math.inf
+    with torch.no_grad():
+        for _ in range(_TRIES):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            torch.mm(side, side, out=result)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def device_peak(device: torch.device, precision: str) -> float:
+    """FLOPs a second that one process's device could do: its maker's figure, else a measured one.
+
+    On CPUs it is what this process's threads reach at this moment.
+    """
+    import torch
+
+    if device.type == "cuda":
+        known = known_peak(torch.cuda.get_device_name(device), precision)
+        if known is not None:
+            return known
+    return measured_peak(device, precision)

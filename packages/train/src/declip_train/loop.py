@@ -18,17 +18,22 @@ import declip_train
 from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
 from declip_shards.store import Store, atomic_write
-from declip_train.checkpoint import Checkpoints, file_digest
-from declip_train.checkpoint_export import export_model
+from declip_train.checkpoint import Checkpoints, file_digest, tag_of
+from declip_train.checkpoint_export import exact_module, export_model
 from declip_train.engine import StepRecord, TrainEngine
 from declip_train.epoch_tables import EpochTables
 from declip_train.export import Scalar
+from declip_train.failed_samples import PATH as FAILED_SAMPLES
+from declip_train.failed_samples import failure_lines
+from declip_train.heart import Heart
 from declip_train.hf_clip import HFTextCLIP, text_model_digest
 from declip_train.loader import Batch, BatchLoader
-from declip_train.monitor import Monitor
+from declip_train.monitor import Meters, Monitor, require_wandb
+from declip_train.online_eval import OnlineEvaluation
+from declip_train.pretrained import pretrained_digest
 from declip_train.samples import TrainingSamples, training_samples
 from declip_train.settings import TrainSettings
-from declip_train.supervision import GRACE_SECONDS, StopSwitch
+from declip_train.supervision import GRACE_SECONDS, SAVING_SECONDS, StopSwitch
 from declip_train.wordnet import WordNet
 
 FOLDER = "train"
@@ -48,13 +53,21 @@ def say_by_rank(line: str) -> None:
 
 
 def run_identity(settings: TrainSettings, samples: TrainingSamples) -> dict[str, Any]:
-    """What the result of a run depends on."""
+    """What the result of a run depends on, but for the order of sums: not how many processes share
+    it, nor the versions of libraries (a checkpoint's ``made_by`` has those)."""
     return {
         "method": settings.method,
-        "settings": settings.digest(),
+        "settings": settings.elastic_digest(),
         "samples": samples.digest(),
         "wordnet": WordNet(settings.wordnet).digest() if settings.wordnet else "",
         "text_model": text_model_digest(settings),
+        "pretrained": pretrained_digest(settings),
+    }
+
+
+def made_by() -> dict[str, Any]:
+    """What else stands behind a result: a run may be continued under another of each."""
+    return {
         "world_size": dist.get_world_size(),
         "backend": str(dist.get_backend()),
         "versions": f"declip_train {declip_train.__version__}, torch {version('torch')}, "
@@ -96,7 +109,7 @@ def hold_folder(folder: Path) -> BinaryIO | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("ab")
-    deadline = time.monotonic() + 2 * GRACE_SECONDS
+    deadline = time.monotonic() + GRACE_SECONDS + SAVING_SECONDS + 5
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,6 +124,7 @@ def hold_folder(folder: Path) -> BinaryIO | None:
 
 def prepare(settings: TrainSettings) -> Run:
     """Read the samples, build the model, open the folder of checkpoints."""
+    require_wandb(settings)
     folder = Store(settings.root).local_path(FOLDER)
     lock = hold_folder(folder)
     samples = training_samples(settings)
@@ -124,11 +138,19 @@ def prepare(settings: TrainSettings) -> Run:
         identity,
         keep=settings.keep_checkpoints,
         say=say,
+        keep_every=settings.keep_every_steps,
+        in_background=settings.async_save,
     )
     return Run(
         folder=folder,
         loader=loader,
-        engine=TrainEngine(settings, loader.num_steps),
+        engine=TrainEngine(
+            settings,
+            loader.num_steps,
+            folder=folder,
+            keys_of=samples.keys_of,
+            say=say if dist.get_rank() == 0 else None,
+        ),
         checkpoints=checkpoints,
         identity=identity,
         tables=tables,
@@ -136,7 +158,13 @@ def prepare(settings: TrainSettings) -> Run:
     )
 
 
-def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = True) -> bool:
+def train(
+    settings: TrainSettings,
+    stop: StopSwitch,
+    *,
+    heart: Heart | None = None,
+    show_progress: bool = True,
+) -> bool:
     """Train from the newest whole checkpoint, or from nothing, to the end; then export.
 
     Every process calls this under an initialized process group.
@@ -145,11 +173,20 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
         True when the run is complete, False when it stopped early because it was asked to; a rerun
         then goes on from the same step.
     """
+    heart = heart or Heart()
     run = prepare(settings)
     loader, engine, num_steps = run.loader, run.engine, run.loader.num_steps
+    evaluation = OnlineEvaluation.of_run(
+        settings,
+        num_steps=num_steps,
+        device=engine.device,
+        num_threads=loader.num_threads,
+        say=say,
+    )
+    heart.beat(0, "restore")
     step = run.checkpoints.restore(engine.deepspeed)
     if run.tables is not None:
-        run.tables.start(step // loader.steps_per_epoch, run.checkpoints.restored)
+        run.tables.start(loader.epochs_of(step)[0], run.checkpoints.restored)
     monitor = None
     if dist.get_rank() == 0:
         monitor = Monitor(
@@ -158,26 +195,62 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
             start_step=step,
             every=settings.log_every_steps,
             show=show_progress,
+            settings=settings,
+            run=run_name(run.identity),
+            meters=Meters.of_run(
+                settings,
+                num_steps=num_steps,
+                device=engine.device,
+                phases=engine.phases,
+                clock=loader.clock,
+                loader_threads=loader.num_threads,
+            ),
         )
     saved_at = time.monotonic()
-    for batch in loader.batches(step):
+    heart.beat(step, "wait")
+    for batch in engine.phases.watched(loader.batches(step, engine.device)):
+        heart.beat(step, "compute")
         if run.tables is not None:
             run.tables.begin(batch.epoch, step)
         late = 0 < settings.checkpoint_every_seconds <= time.monotonic() - saved_at
         record = engine.train_step(batch, stop_asked=stop.is_on, save_asked=late)
         step += 1
+        run.checkpoints.poll()
+        accuracy: dict[str, float] = {}
+        if evaluation is not None and evaluation.is_due(step):
+            heart.beat(step, "evaluate")
+            with engine.phases.phase("eval"):
+                accuracy = evaluation.run(engine.module)
         if monitor is not None:
-            numbers = step_numbers(run, batch, record, step)
-            monitor.step(step, numbers, loader.wait_seconds, settings.global_batch_size)
+            monitor.step(
+                step,
+                {**step_numbers(run, batch, record, step), **accuracy},
+                loader.wait_seconds,
+                settings.global_batch_size,
+                text_length=float(batch.lengths["token_ids"].float().mean()),
+                always=bool(accuracy),
+            )
+        if step % settings.log_every_steps == 0 or step == num_steps:
+            gather_failures(run)
         every = settings.checkpoint_every_steps
         due = every is not None and step % every == 0
         if due or record.save_asked or record.stop_asked or step == num_steps:
+            heart.beat(step, "save")
             engine.require_finite_weights(step)
-            more = run.tables.state(batch.epoch) if run.tables is not None else None
-            run.checkpoints.save(engine.deepspeed, step, more)
+            more = (
+                run.tables.state(loader.epochs_of(batch.step)[-1])
+                if run.tables is not None
+                else None
+            )
+            with engine.phases.phase("save"):
+                run.checkpoints.save(engine.deepspeed, step, more)
             saved_at = time.monotonic()
         if record.stop_asked:
             break
+        heart.beat(step, "wait")
+    heart.beat(step, "save")
+    run.checkpoints.finish()
+    heart.beat(step, "export")
     if monitor is not None:
         monitor.close()
     if dist.get_rank() == 0 and step == num_steps:
@@ -187,11 +260,31 @@ def train(settings: TrainSettings, stop: StopSwitch, *, show_progress: bool = Tr
     return step == num_steps
 
 
+def gather_failures(run: Run) -> None:
+    """Write down which samples failed on any process, and hold their number against the budget; a
+    collective operation.
+
+    Raises:
+        DeclipError: too many did; on every process.
+    """
+    own = run.loader.take_failures()
+    everyone = [own]
+    if dist.get_world_size() > 1:
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+    failures = [failure for some in everyone for failure in some]
+    if failures and dist.get_rank() == 0:
+        with (run.folder / Path(FAILED_SAMPLES).name).open("ab") as file:
+            file.write(failure_lines(failures))
+    run.loader.count_failures(failures)
+
+
 def step_numbers(run: Run, batch: Batch, record: StepRecord, step: int) -> dict[str, float | str]:
     """What the log says of a step; ``step`` counts it as done."""
     numbers: dict[str, float | str] = {
         **record.terms,
         **record.metrics,
+        **record.watched,
         "logit_scale": record.logit_scale,
         "learning_rate": record.learning_rate,
         "epoch": step / run.loader.steps_per_epoch,
@@ -207,7 +300,11 @@ def export(settings: TrainSettings, engine: TrainEngine, run: Run, step: int) ->
     """Write the trained model, then the mark that names its bytes."""
     identity = run.identity
     root = Path(Store(settings.root).local_path("."))
-    clip = engine.module.clip
+    module = engine.module
+    if settings.precision in ("bf16", "fp16"):
+        # What was trained are the optimizer's float32 weights; the module has a rounded copy.
+        module = exact_module(settings, run.checkpoints.folder / tag_of(step))
+    clip = module.clip
     if isinstance(clip, HFTextCLIP) and not clip.open_clip_reads_it:
         say(
             f"the export is in open_clip's form, but open_clip itself builds no text tower of kind "
@@ -218,10 +315,10 @@ def export(settings: TrainSettings, engine: TrainEngine, run: Run, step: int) ->
         tables["neighbor_tables"] = run.tables.history
     paths = export_model(
         clip,
-        engine.module.heads,
+        module.heads,
         root / EXPORT,
         settings,
-        {**tables, **identity},
+        {**tables, **identity, **made_by()},
         run=run_name(identity),
         step=step,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -328,7 +328,7 @@ def _small(patch_size: int, width: int, layers: int, text_layers: int) -> ModelC
     )
 
 
-MODEL_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
+_NAMED: Mapping[str, ModelConfig] = MappingProxyType(
     {
         # The published tower pair: 151,277,313 parameters.
         "ViT-B-32": ModelConfig(
@@ -377,11 +377,19 @@ MODEL_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
         ),
     }
 )
+_WITH_EXACT_GELU = ("ViT-B-32", "ViT-B-16", "ViT-S-16", "ViT-L-14", "RN50", "RN101")
+
+MODEL_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        **_NAMED,
+        **{f"{name}-gelu": replace(_NAMED[name], quick_gelu=False) for name in _WITH_EXACT_GELU},
+    }
+)
 """Every model that has a name.
 
-Where open_clip has the same name, it means the exact GELU; ours equal its -quickgelu variants, as
-OpenAI's and DeCLIP's do. Another text depth (CLIP-Benchmark, arXiv 2203.05796) is
-`dataclasses.replace(config, text=dataclasses.replace(config.text, layers=3))`.
+Where open_clip has the same name, it means the exact GELU: our ``-gelu`` variants. Those without it
+equal its -quickgelu ones, as OpenAI's and DeCLIP's do. Another text depth (CLIP-Benchmark, arXiv
+2203.05796) is `dataclasses.replace(config, text=dataclasses.replace(config.text, layers=3))`.
 """
 
 

@@ -3,207 +3,163 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from declip_shards import DeclipError, Store, image_places, layout, neighbor_tables, sidecars
+from declip_shards import DeclipError, Store, layout, neighbor_tables, sidecars
 from declip_shards.neighbor_tables import TableVersion
+from declip_train.column_files import Chunks, cache_base, cached_columns, digest_of
+from declip_train.foreign_shards import data_entries, foreign_pool
+from declip_train.mixtures import parse_weights
+from declip_train.sample_columns import (
+    NeighborColumns,
+    SamplePool,
+    fingerprint_of,
+    joined_neighbors,
+    neighbors_digest,
+)
+from declip_train.sample_set import TrainingSamples
 from declip_train.settings import TrainSettings
-from declip_train.stored_features import StoredFeatures, load_stored_features
+from declip_train.shard_listing import file_identity, own_pool
+from declip_train.stored_features import join_stored_features
+from declip_train.tar_cache import TarFiles
 
-_OPEN_TARS = 128
-"""Tars that stay open; a process may have about 1,000 files open, a dataset has more tars."""
+__all__ = [
+    "TrainingSamples",
+    "embeddings_with",
+    "load_samples",
+    "num_changed",
+    "training_samples",
+    "uses_stored",
+    "with_table",
+]
 
-
-class _OpenFile:
-    """A file descriptor that is closed with its last user."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSamples:
-    """The selected samples in the order of their keys, as columns of equal length.
-
-    Pictures stay in their tars; :meth:`read_image` fetches one by its place.
-    """
-
-    keys: Sequence[str]
-    """Each sample's key."""
-    captions: Sequence[str]
-    """Each sample's own caption."""
-    neighbor_captions: Sequence[tuple[str, ...]]
-    """Captions of the sample's neighbors, nearest first; empty where it has none."""
-    shard_of: Sequence[int]
-    """Row of ``tar_paths`` that holds the picture."""
-    offsets: Sequence[int]
-    """First byte of the picture in its tar."""
-    sizes: Sequence[int]
-    """Bytes of the picture."""
-    tar_paths: Sequence[str]
-    """Local paths of the tars."""
-    num_selected: int
-    """Samples of the selection, before the splits were asked for."""
-    stored: StoredFeatures | None = None
-    """Stored vectors of the neighbors' captions, where they were asked for."""
-    stored_rows: Sequence[int] | NDArray[np.int64] = ()
-    """Rows of ``stored``: those of all neighbors of the first sample, of the second, ..."""
-    table: TableVersion | None = None
-    """The neighbor table that was read; None for none."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def num_without_neighbor(self) -> int:
-        """Samples whose row of the neighbor table is empty."""
-        return sum(not captions for captions in self.neighbor_captions)
-
-    @cached_property
-    def neighbor_starts(self) -> NDArray[np.int64]:
-        """(samples + 1,): where a sample's neighbors begin in ``stored_rows`` and in
-        ``neighbor_caption_ids``."""
-        counts = np.fromiter(map(len, self.neighbor_captions), np.int64, len(self))
-        return np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-
-    @cached_property
-    def _all_caption_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        numbers: dict[str, int] = {}
-
-        def ids(captions: Iterable[str]) -> NDArray[np.int64]:
-            return np.fromiter((numbers.setdefault(c, len(numbers)) for c in captions), np.int64)
-
-        own = ids(self.captions)
-        return own, ids(chain.from_iterable(self.neighbor_captions))
-
-    @property
-    def caption_ids(self) -> NDArray[np.int64]:
-        """(samples,): numbers that are equal where captions are, and only there."""
-        return self._all_caption_ids[0]
-
-    @property
-    def neighbor_caption_ids(self) -> NDArray[np.int64]:
-        """The neighbors' captions as such numbers, flat; see ``neighbor_starts``."""
-        return self._all_caption_ids[1]
-
-    @cached_property
-    def _open(self) -> Callable[[str], _OpenFile]:
-        return lru_cache(_OPEN_TARS)(_OpenFile)
-
-    def read_image(self, index: int) -> bytes:
-        """Encoded bytes of a sample's picture. Threads may call this at the same time.
-
-        Raises:
-            DeclipError: the tar has become shorter since it was listed.
-        """
-        path, size = self.tar_paths[self.shard_of[index]], self.sizes[index]
-        file = self._open(path)
-        data = os.pread(file.number, size, self.offsets[index])
-        if len(data) != size:
-            raise DeclipError(
-                f"{path!r} was cut short during training at sample "
-                f"{self.keys[index]!r}; rerun ingest for this shard."
-            )
-        return data
-
-    def digest(self) -> str:
-        """sha256 of what is trained on: keys, captions, neighbors, and the pictures' places."""
-        digest = hashlib.sha256()
-        columns = (self.keys, self.captions, self.neighbor_captions, self.offsets, self.sizes)
-        for row in zip(*columns, strict=True):
-            digest.update(repr(row).encode("utf-8", "surrogatepass"))
-        if self.stored is not None:
-            digest.update(self.stored.digest().encode())
-            digest.update(np.asarray(self.stored_rows, np.int64).tobytes())
-        return digest.hexdigest()
+_GIGABYTE = 1e9
+_DEFAULT_SELECTION = "default"
+_KIND = "samples"
+_NEIGHBORS_AT_ONCE = 30_000_000
+"""Neighbors that are looked up together: 1 GB while they are."""
+_COMPARED_AT_ONCE = 1 << 18
 
 
-def _selected_keys(store: Store, shard: str, selection: str) -> set[str] | None:
-    """Keys that the selection keeps; None where every success is wanted."""
-    if not selection:
-        return None
-    path = layout.selection_path(selection, shard)
-    if not store.exists(path):
-        raise DeclipError(
-            f"{path!r} is missing: the selection {selection!r} does not cover shard {shard}; run "
-            "the filter step, or name another selection (empty: every sample)."
-        )
-    rows = sidecars.read_rows(store, path, ["key", "keep"])
-    return {row["key"] for row in rows if row["keep"]}
-
-
-def _shard_rows(store: Store, shard: str, splits: Sequence[str]) -> list[dict[str, Any]]:
-    """Key, caption (and split) of a shard's successes; a missing caption is an empty one, as it
-    is for the embed step."""
-    columns = ["key", "caption", "status", *(["split"] if splits else [])]
-    rows = sidecars.read_rows(store, layout.shard_parquet_path(shard), columns)
-    return [row | {"caption": row["caption"] or ""} for row in rows if row["status"] == "success"]
-
-
-def _image_places(store: Store, shard: str, wanted: set[str]) -> list[tuple[str, int, int]]:
-    """Key, first byte and number of bytes of the wanted pictures of a shard."""
-    places = [place for place in image_places(store, shard) if place.key in wanted]
-    if len(places) != len(wanted):
-        raise DeclipError(
-            f"shard {shard} lists {len(wanted)} wanted samples but its tar holds {len(places)} of "
-            "them; rerun ingest for this shard."
-        )
-    return [(place.key, place.offset, place.size) for place in places]
-
-
-def _read_neighbors(
+def _chosen(
     store: Store,
-    version: TableVersion,
     shards: Sequence[str],
-    captions: Mapping[str, str],
-    wanted: Collection[str],
-) -> dict[str, tuple[str, ...]]:
-    """Neighbor keys by key. The table holds keys alone; what belongs to them is joined later."""
-    joined: dict[str, tuple[str, ...]] = {}
-    for shard in shards:
-        path = layout.neighbors_path(version.folder, shard)
-        table = neighbor_tables.read_lists(store, version, shard)
-        keys, lists = table.column("key").to_pylist(), table.column("neighbor_keys").to_pylist()
-        for key, near in zip(keys, lists, strict=True):
-            for what, named in (("sample", (key,)), ("neighbor", near)):
-                unknown = next((k for k in named if k not in captions), None)
-                if unknown is not None:
-                    raise DeclipError(
-                        f"{path!r} names the {what} {unknown!r}, which no shard holds: the table "
-                        "is of other shards; rerun the neighbors step."
-                    )
-            if key in wanted:
-                joined[key] = tuple(near)
-    return joined
+    pool: SamplePool,
+    selection: str,
+    splits: Sequence[str],
+) -> tuple[dict[str, Chunks], dict[str, Any]]:
+    """Rows of the pool that are trained on, ascending; and how many are selected."""
+    rows: list[NDArray[np.int64]] = []
+    num_selected = 0
+    for number, shard in enumerate(shards):
+        own = pool.rows_of_tar(number)
+        if selection:
+            own = own[_is_kept(store, shard, selection, pool, own)]
+        num_selected += len(own)
+        if splits:
+            own = own[_is_in_splits(store, shard, splits, pool, own)]
+        rows.append(own)
+    chosen = np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
+    meta: dict[str, Any] = {"num_selected": num_selected}
+    if len(chosen):
+        meta["fingerprint"] = fingerprint_of(pool, chosen, (len(chosen),))
+    return {"rows": [chosen]}, meta
 
 
-def _read_stored(
-    store: Store, name: str, dim: int, neighbors: Sequence[tuple[str, ...]]
-) -> tuple[StoredFeatures, NDArray[np.int64]]:
-    """Stored features, and the rows of all neighbors in order."""
-    wanted = list(chain.from_iterable(neighbors))
-    stored, row_of = load_stored_features(store, name, dim=dim, wanted=set(wanted))
-    gone = next((key for key in wanted if key not in row_of), None)
-    if gone is not None:
-        raise DeclipError(
-            f"embeddings {name!r} have no vector of the neighbor {gone!r}: they are of other "
-            "samples than the neighbor table; rerun the embed step, or the index and neighbors "
-            "steps after it."
+def _is_kept(
+    store: Store, shard: str, selection: str, pool: SamplePool, rows: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    path = layout.selection_path(selection, shard)
+    table = sidecars.read_table(store, path, ["key", "keep"])
+    return _is_in(pool, rows, table.filter(table.column("keep")).column("key"))
+
+
+def _is_in_splits(
+    store: Store, shard: str, splits: Sequence[str], pool: SamplePool, rows: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    table = sidecars.read_table(store, layout.shard_parquet_path(shard), ["key", "split"])
+    wanted = pc.is_in(table.column("split"), value_set=pa.array(list(splits), pa.string()))
+    return _is_in(pool, rows, table.filter(wanted).column("key"))
+
+
+def _is_in(pool: SamplePool, rows: NDArray[np.int64], keys: pa.ChunkedArray) -> NDArray[np.bool_]:
+    wanted = keys.cast(pa.large_string()).combine_chunks()
+    found: NDArray[np.bool_] = np.asarray(pc.is_in(pool.keys.take_arrow(rows), value_set=wanted))
+    return found
+
+
+def _check_selection(store: Store, shards: Sequence[str], selection: str) -> list[Any]:
+    """What the selection is, going by its files."""
+    identities = []
+    for shard in shards if selection else ():
+        path = layout.selection_path(selection, shard)
+        identity = file_identity(store, path)
+        if identity is None:
+            raise DeclipError(
+                f"{path!r} is missing: the selection {selection!r} does not cover shard {shard}; "
+                "run the filter step, or name another selection (empty: every sample)."
+            )
+        identities.append(identity)
+    return identities
+
+
+def _with_neighbors(
+    samples: TrainingSamples,
+    store: Store,
+    shards: Sequence[str],
+    version: TableVersion,
+    base: Path,
+    key: str,
+) -> TrainingSamples:
+    """The samples with the neighbors of a table."""
+    paths = [layout.neighbors_path(version.folder, shard) for shard in shards]
+    identities = [file_identity(store, path) for path in paths]
+
+    def build() -> tuple[Mapping[str, Chunks], Mapping[str, Any]]:
+        lists = (
+            (path, neighbor_tables.read_lists(store, version, shard))
+            for path, shard in zip(paths, shards, strict=True)
         )
-    return stored, np.fromiter((row_of[key] for key in wanted), np.int64, len(wanted))
+        starts, rows = joined_neighbors(lists, samples.pool, samples.rows, _NEIGHBORS_AT_ONCE)
+        near = NeighborColumns(starts=starts, rows=rows)
+        meta = {"digest": neighbors_digest(samples.pool, near)}
+        return {"starts": [starts], "rows": [rows]}, meta
+
+    table_key = digest_of("near", key, version.folder, version.sha256, identities)
+    columns = cached_columns(
+        base, _KIND, table_key, build, what=f"the neighbors of table {version.folder!r}"
+    )
+    near = NeighborColumns(
+        starts=columns["starts"], rows=columns["rows"], known_digest=columns.meta["digest"]
+    )
+    return dataclasses.replace(samples, near=near, table=version)
+
+
+def _with_stored(
+    samples: TrainingSamples, store: Store, name: str, dim: int, base: Path
+) -> TrainingSamples:
+    """The samples with stored vectors of their neighbors."""
+    assert samples.near is not None
+    stored, of_pool = join_stored_features(
+        store, name, dim=dim, pool=samples.pool, base=base, key=samples.pool_key
+    )
+    for first in range(0, len(samples.near.rows), 1 << 20):
+        rows = samples.near.rows[first : first + (1 << 20)]
+        gone = np.flatnonzero(of_pool[rows] < 0)
+        if gone.size:
+            raise DeclipError(
+                f"embeddings {name!r} have no vector of the neighbor "
+                f"{samples.pool.keys[int(rows[gone[0]])]!r}: they are of other samples than the "
+                "neighbor table; rerun the embed step, or the index and neighbors steps after it."
+            )
+    return dataclasses.replace(samples, stored=stored, stored_of_pool=of_pool)
 
 
 def training_samples(settings: TrainSettings) -> TrainingSamples:
@@ -215,6 +171,8 @@ def training_samples(settings: TrainSettings) -> TrainingSamples:
     Raises:
         DeclipError: see :func:`load_samples`.
     """
+    if settings.train_data:
+        return _foreign_samples(settings)
     return load_samples(
         settings.root,
         selection=settings.selection,
@@ -222,6 +180,46 @@ def training_samples(settings: TrainSettings) -> TrainingSamples:
         neighbors=settings.neighbors if settings.uses_index else None,
         neighbor_embeddings=settings.neighbor_embeddings if uses_stored(settings) else None,
         embed_dim=settings.model_config.embed_dim,
+        cache=settings.cache,
+        cache_gigabytes=settings.cache_gigabytes,
+    )
+
+
+def _foreign_samples(settings: TrainSettings) -> TrainingSamples:
+    """The pairs of ``train_data``.
+
+    Raises:
+        DeclipError: something is asked of them that only a dataset of ours has; see also
+            :func:`foreign_pool`.
+    """
+    if settings.uses_index:
+        raise DeclipError(
+            f"method {settings.method} reads the neighbor table {settings.neighbors!r}, but "
+            "train_data are tars that have none; set neighbor_source to bank, or choose method "
+            "clip, slip or filip."
+        )
+    for name, value in (("splits", list(settings.splits)), ("selection", settings.selection)):
+        if value and value != _DEFAULT_SELECTION:
+            raise DeclipError(
+                f"{name} is {value!r}, but train_data are tars that have no tables for it; leave "
+                "it out, or train on a dataset of ours."
+            )
+    entries = data_entries(settings.train_data)
+    weights = parse_weights(data_entries(settings.data_weights), entries)
+    base, room = cache_base(settings.cache), settings.cache_gigabytes * _GIGABYTE
+    found = foreign_pool(entries, base, room)
+    rows = np.arange(len(found.pool))
+    return TrainingSamples(
+        pool=found.pool,
+        rows=rows,
+        tars=TarFiles(found.sources, base, room),
+        num_selected=len(rows),
+        part_sizes=found.part_sizes,
+        weights=weights,
+        known_fingerprint=found.fingerprint,
+        pool_key=found.key,
+        choice_key=found.key,
+        dropped=found.dropped,
     )
 
 
@@ -246,7 +244,7 @@ def with_table(
     """The same samples with the neighbors of another table.
 
     Args:
-        samples: of :func:`training_samples`.
+        samples: of ``training_samples``.
         settings: the run.
         own: the pipeline's table.
         version: the table to read.
@@ -255,24 +253,34 @@ def with_table(
         DeclipError: a file of the table is missing, damaged, of another table or of other shards;
             or its stored vectors are missing or of another size.
     """
-    store = Store(settings.root)
-    shards = layout.list_shards(store)
-    captions = {
-        row["key"]: row["caption"] for shard in shards for row in _shard_rows(store, shard, ())
-    }
-    table = _read_neighbors(store, version, shards, captions, frozenset(samples.keys))
-    near = [table.get(key, ()) for key in samples.keys]
-    stored, stored_rows = None, np.empty(0, np.int64)
+    store, base = Store(settings.root), cache_base(settings.cache)
+    shards = samples.pool.meta["shards"]
+    found = _with_neighbors(samples, store, shards, version, base, samples.choice_key)
     if uses_stored(settings):
         name = embeddings_with(settings, own, version)
-        stored, stored_rows = _read_stored(store, name, settings.model_config.embed_dim, near)
-    return dataclasses.replace(
-        samples,
-        neighbor_captions=[tuple(captions[key] for key in keys) for keys in near],
-        stored=stored,
-        stored_rows=stored_rows,
-        table=version,
-    )
+        found = _with_stored(found, store, name, settings.model_config.embed_dim, base)
+    return found
+
+
+def num_changed(before: TrainingSamples, after: TrainingSamples) -> int:
+    """Samples whose neighbors' captions are not the same, in number, order or words.
+
+    Args:
+        before: samples with a neighbor table.
+        after: the same samples with another.
+    """
+    changed = 0
+    for first in range(0, len(before), _COMPARED_AT_ONCE):
+        indices = np.arange(first, min(first + _COMPARED_AT_ONCE, len(before)))
+        counts = before.neighbor_counts(indices)
+        others = counts != after.neighbor_counts(indices)
+        same = indices[~others]
+        owners = np.repeat(np.arange(len(same)), counts[~others])
+        places = np.arange(len(owners)) - np.searchsorted(owners, owners)
+        pair = [each.neighbor_caption_ids_of(same[owners], places) for each in (before, after)]
+        differs = np.unique(owners[pair[0] != pair[1]])
+        changed += int(others.sum()) + len(differs)
+    return changed
 
 
 def load_samples(
@@ -283,67 +291,62 @@ def load_samples(
     neighbors: str | None = None,
     neighbor_embeddings: str | None = None,
     embed_dim: int = 0,
+    cache: str | None = None,
+    cache_gigabytes: float = 50.0,
 ) -> TrainingSamples:
-    """List the training samples of a dataset folder.
+    """List the training samples of a dataset folder, or map the list that was made before.
 
     Args:
-        root: the dataset folder; local, because pictures are read by their place.
+        root: the dataset folder; at any fsspec URL.
         selection: name of the selection; empty for every success.
         splits: values of the column ``split`` to keep; empty keeps all.
         neighbors: name of the neighbor table, the pipeline's own; None for none.
         neighbor_embeddings: name of the embeddings that hold the neighbors' features; None where
             their captions are all that is asked for.
         embed_dim: size that these features must have.
+        cache: folder of lists and remote tars; see ``cache_base``.
+        cache_gigabytes: room for remote tars.
 
     Raises:
         DeclipError: a folder or table is missing, nothing is selected, tables disagree, or stored
             features are of another size.
     """
-    store = Store(root)
+    store, base = Store(root), cache_base(cache)
     shards = layout.list_shards(store)
     if not shards:
         raise DeclipError(f"{root!r} holds no finished shard; run ingest, or correct the folder.")
-    all_captions: dict[str, str] = {}
-    chosen: list[tuple[str, int, int, int]] = []
-    num_selected = 0
-    for number, shard in enumerate(shards):
-        rows = _shard_rows(store, shard, splits)
-        all_captions.update((row["key"], row["caption"]) for row in rows)
-        keep = _selected_keys(store, shard, selection)
-        selected = [row for row in rows if keep is None or row["key"] in keep]
-        num_selected += len(selected)
-        wanted = {row["key"] for row in selected if not splits or row["split"] in splits}
-        if not wanted:
-            continue
-        chosen += [
-            (key, number, first, size) for key, first, size in _image_places(store, shard, wanted)
-        ]
-    if not chosen:
+    room = cache_gigabytes * _GIGABYTE
+    pool_key, pool, sources = own_pool(store, shards, base, room)
+    identities = _check_selection(store, shards, selection)
+    choice_key = digest_of("choice", pool_key, selection, identities, list(splits))
+    choice = cached_columns(
+        base,
+        _KIND,
+        choice_key,
+        lambda: _chosen(store, shards, pool, selection, splits),
+        what="the list of selected samples",
+    )
+    num_selected, rows = choice.meta["num_selected"], choice["rows"]
+    if not len(rows):
         what = f"selection {selection!r}" if selection else "the shards"
         raise DeclipError(
             f"0 of {num_selected} samples of {what} are left for training with splits "
             f"{list(splits)}; loosen the filter's rules, or name other splits."
         )
-    chosen.sort()
-    version = neighbor_tables.read_version(store, neighbors) if neighbors else None
-    table: dict[str, tuple[str, ...]] = {}
-    if version is not None:
-        own = {key for key, *_ in chosen}
-        table = _read_neighbors(store, version, shards, all_captions, own)
-    near = [table.get(key, ()) for key, *_ in chosen]
-    stored, stored_rows = None, np.empty(0, np.int64)
-    if neighbor_embeddings:
-        stored, stored_rows = _read_stored(store, neighbor_embeddings, embed_dim, near)
-    return TrainingSamples(
-        keys=[key for key, *_ in chosen],
-        captions=[all_captions[key] for key, *_ in chosen],
-        neighbor_captions=[tuple(all_captions[key] for key in keys) for keys in near],
-        shard_of=[number for _, number, _, _ in chosen],
-        offsets=[offset for *_, offset, _ in chosen],
-        sizes=[size for *_, size in chosen],
-        tar_paths=[str(store.local_path(layout.tar_path(shard))) for shard in shards],
+    samples = TrainingSamples(
+        pool=pool,
+        rows=rows,
+        tars=TarFiles(sources, base, room),
         num_selected=num_selected,
-        stored=stored,
-        stored_rows=stored_rows,
-        table=version,
+        part_sizes=(len(rows),),
+        weights=(1.0,),
+        known_fingerprint=choice.meta["fingerprint"],
+        pool_key=pool_key,
+        choice_key=choice_key,
     )
+    if neighbors:
+        version = neighbor_tables.read_version(store, neighbors)
+        samples = _with_neighbors(samples, store, shards, version, base, choice_key)
+    if neighbor_embeddings:
+        samples = _with_stored(samples, store, neighbor_embeddings, embed_dim, base)
+    return samples

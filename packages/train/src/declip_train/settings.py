@@ -132,7 +132,8 @@ class TrainSettings:
     global_batch_size: int = 4096
     """Samples a step, over all processes."""
     epochs: float = 32.0
-    """Passes over the data; a last incomplete batch of each pass is left out."""
+    """Passes over the data, every sample once in each; a batch may take the end of one and the
+    beginning of the next."""
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
     warmup_steps: int = 2500
@@ -299,20 +300,19 @@ class TrainSettings:
         return unread_settings(self)
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole run over ``num_samples`` samples.
+        """Optimizer steps of the whole run, where a pass takes ``num_samples`` samples.
 
         Raises:
             DeclipError: less than one batch of samples, or the warm-up takes the whole run.
         """
-        per_epoch = num_samples // self.global_batch_size
-        if per_epoch == 0:
+        if num_samples < self.global_batch_size:
             raise DeclipError(
                 f"global_batch_size {self.global_batch_size} is larger than the {num_samples} "
                 "samples selected for training; lower it, or select more samples."
             )
         steps = self.max_steps
         if steps is None:
-            steps = max(1, round(self.epochs * per_epoch))
+            steps = max(1, round(self.epochs * num_samples / self.global_batch_size))
         if self.warmup_steps >= steps:
             raise DeclipError(
                 f"warmup_steps {self.warmup_steps} takes the whole run of {steps} steps; lower it "

@@ -33,6 +33,7 @@ def check_settings(settings: TrainSettings) -> None:
     _check_losses(settings)
     _check_neighbors(settings)
     _check_batch(settings)
+    _check_sources(settings)
 
 
 def _check_types(settings: TrainSettings) -> None:
@@ -231,6 +232,20 @@ def _check_numbers(settings: TrainSettings) -> None:
         )
 
 
+def _check_sources(settings: TrainSettings) -> None:
+    """Refuse settings that need one another and stand alone."""
+    if settings.data_weights and not settings.train_data:
+        raise DeclipError(
+            f"data_weights is {list(settings.data_weights)}, but train_data is unset, whose "
+            "entries they weigh; give both, or neither."
+        )
+    if settings.evaluate_every_steps is not None and settings.evaluate_data is None:
+        raise DeclipError(
+            f"evaluate_every_steps is {settings.evaluate_every_steps}, but evaluate_data is not "
+            "set; give both, or neither."
+        )
+
+
 def _check_batch(settings: TrainSettings) -> None:
     if settings.global_batch_size % settings.num_ranks:
         raise DeclipError(
@@ -331,6 +346,10 @@ def unread_settings(settings: TrainSettings) -> dict[str, str]:
             ("blur_sigma_max",),
         ),
         "optimizers adamw and lamb": (settings.optimizer != "sgd", ("beta2", "eps")),
+        "the dataset's own shards, which train_data replaces": (
+            not settings.train_data,
+            ("splits",),
+        ),
         "epochs, which max_steps overrides": (settings.max_steps is None, ("epochs",)),
     }
     unread = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from declip_shards import Store, TaskStats
+from declip_train.failed_samples import PATH as FAILED_SAMPLES
 from declip_train.settings import TrainSettings
 
 FOLDER = "train"
@@ -48,7 +49,8 @@ class TrainModel(TrainSettings):
             mark = json.loads(store.read_bytes(MARK))
         except (FileNotFoundError, ValueError):
             return False
-        return mark.get("settings") == self.digest() and all(map(store.exists, _export_files(mark)))
+        same = mark.get("settings") == self.elastic_digest()
+        return same and all(map(store.exists, _export_files(mark)))
 
     def worker(self) -> Callable[[str], TaskStats]:
         """Trains when called."""
@@ -62,7 +64,7 @@ class TrainModel(TrainSettings):
         store.check_writable()
         # Faults of the data are told here, before any process is started.
         samples = training_samples(self)
-        num_steps = self.num_steps(len(samples))
+        num_steps = self.num_steps(samples.epoch_length)
         plain = TrainSettings(
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}
         )
@@ -78,6 +80,7 @@ class TrainModel(TrainSettings):
             extra={
                 "num_steps": num_steps,
                 "samples_seen": num_steps * self.global_batch_size,
+                "dropped_foreign": sum(samples.dropped.values()),
                 "num_without_neighbor": samples.num_without_neighbor if self.uses_index else 0,
             },
         )
@@ -86,8 +89,11 @@ class TrainModel(TrainSettings):
         """Records, and the last checkpoint of this run."""
         folder = store.local_path(FOLDER)
         root = store.local_path(".")
-        names = [CONFIG, f"{FOLDER}/launch.log", f"{FOLDER}/log.jsonl"]
-        for part in ("tensorboard", "checkpoints"):
+        names = [CONFIG, f"{FOLDER}/log.jsonl"]
+        names += [f"{FOLDER}/{path.name}" for path in sorted(folder.glob("launch*.log"))]
+        if store.exists(FAILED_SAMPLES):
+            names.append(FAILED_SAMPLES)
+        for part in ("tensorboard", "checkpoints", "stalls", "bad_batches", "wandb"):
             names += [
                 str(path.relative_to(root))
                 for path in sorted((folder / part).rglob("*"))

@@ -7,22 +7,36 @@ mapped, so processes that train side by side share the one copy in the kernel's 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from declip_shards import DeclipError, Store, layout, sidecars
+from declip_train.column_files import Chunks, cached_columns, digest_of
+from declip_train.sample_columns import RowFinder, SamplePool
+from declip_train.tar_cache import find_tar
 
-__all__ = ["StoredFeatures", "load_stored_features"]
+__all__ = [
+    "StoredFeatures",
+    "join_stored_features",
+    "load_stored_features",
+    "open_stored_features",
+]
 
 _MAPPED_FILES = 128
 """Files that stay mapped; each holds a file descriptor, of which a process has about 1,000."""
 _KIND = "text_emb"
+_ROWS_AT_ONCE = 30_000_000
+"""Keys that are looked up together: 1 GB while they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +49,13 @@ class StoredFeatures:
     """Numbers in a vector."""
     paths: Sequence[str]
     """Local paths of the files."""
+    partitions: Sequence[str]
+    """Their parts of the embeddings, as file names have them."""
     first_rows: NDArray[np.int64]
     """(files + 1,): number of each file's first row, and how many rows there are."""
+
+    known_digest: str = ""
+    """What :meth:`digest` gives, where it was worked out before."""
 
     def __len__(self) -> int:
         return int(self.first_rows[-1])
@@ -77,6 +96,8 @@ class StoredFeatures:
 
     def digest(self) -> str:
         """sha256 of the files' bytes, in order."""
+        if self.known_digest:
+            return self.known_digest
         digest = hashlib.sha256()
         for path in self.paths:
             with open(path, "rb") as file:
@@ -99,10 +120,67 @@ def _map(path: str) -> NDArray[np.floating]:
     return table
 
 
+def open_stored_features(store: Store, name: str, *, dim: int) -> StoredFeatures:
+    """Open the text vectors of embeddings ``name``.
+
+    Args:
+        store: the dataset folder; local.
+        name: of the embeddings.
+        dim: size of the model's features, which the stored ones must have.
+
+    Raises:
+        DeclipError: there are none, of another size, of two encoders, or files are damaged.
+    """
+    folder, end = f"embeddings/{name}/{_KIND}", ".npy"
+    files = sorted(file for file in store.list(folder, end) if file.startswith(f"{_KIND}_"))
+    if not files:
+        raise DeclipError(
+            f"embeddings {name!r} hold no vectors of captions ({folder!r} is missing or empty); "
+            "run the embed step with texts, correct neighbor_embeddings, or set neighbor_feature "
+            "to caption."
+        )
+    _check_one_encoder(store, name)
+    paths, partitions, first_rows = [], [], [0]
+    for file in files:
+        partition = file[len(_KIND) + 1 : -len(end)]
+        path = str(store.local_path(layout.embedding_path(name, _KIND, partition)))
+        table = _map(path)
+        if table.shape[1] != dim:
+            raise DeclipError(
+                f"neighbor_embeddings {name!r} are vectors of {table.shape[1]} numbers, but the "
+                f"model's features have {dim}; embed with an encoder of that size, choose another "
+                "model, or set neighbor_feature to caption."
+            )
+        paths.append(path)
+        partitions.append(partition)
+        first_rows.append(first_rows[-1] + len(table))
+    return StoredFeatures(
+        name=name,
+        dim=dim,
+        paths=paths,
+        partitions=partitions,
+        first_rows=np.array(first_rows, np.int64),
+    )
+
+
+def _keys_of_file(store: Store, features: StoredFeatures, number: int) -> pa.Array:
+    """Key of each row of one file, large_string."""
+    keys = _keys(
+        store, layout.embedding_path(features.name, "metadata", features.partitions[number])
+    )
+    rows = int(features.first_rows[number + 1] - features.first_rows[number])
+    if len(keys) != rows:
+        raise DeclipError(
+            f"{features.paths[number]!r} has {rows} rows, but its metadata name {len(keys)}; rerun "
+            "the embed step."
+        )
+    return keys
+
+
 def load_stored_features(
     store: Store, name: str, *, dim: int, wanted: Collection[str]
 ) -> tuple[StoredFeatures, dict[str, int]]:
-    """Open the text vectors of embeddings ``name``.
+    """Open the text vectors of embeddings ``name``, for a few keys.
 
     Args:
         store: the dataset folder; local.
@@ -114,45 +192,78 @@ def load_stored_features(
         The features, and the row of every wanted key that has one.
 
     Raises:
-        DeclipError: there are none, of another size, of two encoders, or files disagree.
+        DeclipError: see :func:`open_stored_features`; or files disagree.
     """
-    folder, end = f"embeddings/{name}/{_KIND}", ".npy"
-    files = sorted(file for file in store.list(folder, end) if file.startswith(f"{_KIND}_"))
-    if not files:
-        raise DeclipError(
-            f"embeddings {name!r} hold no vectors of captions ({folder!r} is missing or empty); "
-            "run the embed step with texts, correct neighbor_embeddings, or set neighbor_feature "
-            "to caption."
-        )
-    _check_one_encoder(store, name)
+    features = open_stored_features(store, name, dim=dim)
     rows: dict[str, int] = {}
-    paths, first_rows = [], [0]
-    for file in files:
-        partition = file[len(_KIND) + 1 : -len(end)]
-        path = str(store.local_path(layout.embedding_path(name, _KIND, partition)))
-        table = _map(path)
-        if table.shape[1] != dim:
-            raise DeclipError(
-                f"neighbor_embeddings {name!r} are vectors of {table.shape[1]} numbers, but the "
-                f"model's features have {dim}; embed with an encoder of that size, choose another "
-                "model, or set neighbor_feature to caption."
-            )
-        keys = _keys(store, layout.embedding_path(name, "metadata", partition))
-        if len(keys) != len(table):
-            raise DeclipError(
-                f"{path!r} has {len(table)} rows, but its metadata name {len(keys)}; rerun the "
-                "embed step."
-            )
-        rows.update((key, first_rows[-1] + row) for row, key in enumerate(keys) if key in wanted)
-        paths.append(path)
-        first_rows.append(first_rows[-1] + len(table))
-    features = StoredFeatures(
-        name=name, dim=dim, paths=paths, first_rows=np.array(first_rows, np.int64)
-    )
+    for number, first in enumerate(features.first_rows[:-1].tolist()):
+        keys = _keys_of_file(store, features, number).to_pylist()
+        rows.update((key, first + row) for row, key in enumerate(keys) if key in wanted)
     return features, rows
 
 
-def _keys(store: Store, path: str) -> list[str]:
+def join_stored_features(
+    store: Store, name: str, *, dim: int, pool: SamplePool, base: Path, key: str
+) -> tuple[StoredFeatures, NDArray[np.int64]]:
+    """The text vectors of embeddings ``name``, and which of them each pair of a pool has.
+
+    Args:
+        store: the dataset folder; local.
+        name: of the embeddings.
+        dim: size of the model's features, which the stored ones must have.
+        pool: whose keys are looked up.
+        base: the cache.
+        key: the pool's name there.
+
+    Returns:
+        The features; and (pool,) the row of each pair, -1 where it has none.
+
+    Raises:
+        DeclipError: see :func:`open_stored_features`; or files disagree.
+    """
+    features = open_stored_features(store, name, dim=dim)
+    identities = [find_tar(path) for path in features.paths]
+    metadata = [
+        find_tar(str(store.local_path(layout.embedding_path(name, "metadata", partition))))
+        for partition in features.partitions
+        if store.exists(layout.embedding_path(name, "metadata", partition))
+    ]
+
+    def build() -> tuple[Mapping[str, Chunks], Mapping[str, Any]]:
+        found = np.full(len(pool), -1, np.int64)
+        finder = RowFinder(pool.keys)
+        for numbers in _groups(features.first_rows):
+            keys = [_keys_of_file(store, features, number) for number in numbers]
+            rows = finder(pa.chunked_array(keys, pa.large_string()))
+            known = np.flatnonzero(rows >= 0)
+            found[rows[known]] = features.first_rows[numbers[0]] + known
+        return {"rows": [found]}, {"digest": features.digest()}
+
+    identity = [source.identity() for source in (*identities, *metadata)]
+    columns = cached_columns(
+        base,
+        "samples",
+        digest_of("stored", key, name, dim, identity),
+        build,
+        what=f"the rows of embeddings {name!r}",
+    )
+    known = str(columns.meta["digest"])
+    return dataclasses.replace(features, known_digest=known), columns["rows"]
+
+
+def _groups(first_rows: NDArray[np.int64]) -> Iterator[list[int]]:
+    """Files that are looked up together."""
+    group: list[int] = []
+    for number in range(len(first_rows) - 1):
+        group.append(number)
+        if first_rows[number + 1] - first_rows[group[0]] >= _ROWS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _keys(store: Store, path: str) -> pa.Array:
     """Key of each row; clip-retrieval's tables from elsewhere name it ``image_path``."""
     table = sidecars.read_table(store, path)
     names = [name for name in ("key", "image_path") if name in table.column_names]
@@ -161,7 +272,7 @@ def _keys(store: Store, path: str) -> list[str]:
             f"{path!r} has neither a column 'key' nor 'image_path', so its rows cannot be joined; "
             "rerun the embed step."
         )
-    return [str(key) for key in table.column(names[0]).to_pylist()]
+    return table.column(names[0]).cast(pa.large_string()).combine_chunks()
 
 
 def _check_one_encoder(store: Store, name: str) -> None:
