@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 python=${PYTHON:-python3}
-for p in shards ingest filter train eval; do export PYTHONPATH=packages/$p/src:${PYTHONPATH:-}; done
+for p in shards ingest filter pixels train eval; do export PYTHONPATH=packages/$p/src:${PYTHONPATH:-}; done
 mkdir -p "$out"
 name="gpu-$(date -u +%F)"
 status=0
@@ -30,6 +30,10 @@ check() { # a title, a limit in seconds, and a command
   check "step, bf16, compiled" 150 "$python" benchmarks/step.py --device cuda --batch 1024 \
     --rounds 10 --precision amp_bf16 --compile --json "$out/$name-step-compiled.json"
   check "exact neighbors" 120 "$python" benchmarks/knn_gpu.py --json "$out/$name-knn.json"
+  check "views on the device" 60 "$python" -m pytest -q -p no:cacheprovider \
+    tests/train/test_device_views.py tests/train/test_device_feed.py
+  check "loader to step" 200 "$python" benchmarks/end_to_end.py --device cuda --batch 1024 \
+    --steps 60 --json "$out/$name-end-to-end.json"
   check "DeepSpeed" 60 "$python" benchmarks/deepspeed_overhead.py --ranks 1 --model ViT-B-32
   exit "$status"
 } 2>&1 | tee "$out/$name.txt"

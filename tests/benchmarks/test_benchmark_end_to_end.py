@@ -1,0 +1,34 @@
+"""The end-to-end benchmark: its shards are whole, and it reads open_clip's log."""
+
+import io
+import tarfile
+
+import end_to_end
+import numpy as np
+from PIL import Image
+
+
+def test_drawn_shards_hold_pairs(tmp_path):
+    kilobytes = end_to_end.draw_shards(tmp_path / "s", 600, 64, 48)
+    tars = sorted((tmp_path / "s").glob("*.tar"))
+    assert [t.name for t in tars] == ["00000.tar", "00001.tar"]
+    assert end_to_end.tar_pattern(tmp_path / "s").endswith("/{00000..00001}.tar")
+    sizes, names = [], set()
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                names.add(member.name)
+                if member.name.endswith(".jpg"):
+                    data = tar.extractfile(member).read()
+                    sizes.append(len(data))
+                    assert Image.open(io.BytesIO(data)).size == (64, 48)
+    assert len(names) == 1200
+    assert np.isclose(np.mean(sizes) / 1024, kilobytes)
+
+
+def test_open_clips_log_line_is_read():
+    line = (
+        "2026-11-21,21:53:59 | INFO | Train Epoch: 0 [ 48/48 (100%)] Data (t): 0.012 "
+        "Batch (t): 3.412, 2.34433/s, 2.34433/s/gpu LR: 0.000100 Logit Scale: 14.286"
+    )
+    assert end_to_end.RATE.findall(line) == [("0.012", "3.412", "2.34433")]
