@@ -103,8 +103,9 @@ def measure_set(given: argparse.Namespace, root: Path, rows: int) -> list[dict[s
     """All runs over one set, ours with what times a peer's they are."""
     labels = [label for label in (*RUNS, *PEER_RUNS) if given.only in label]
     rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
-    for _ in range(given.rounds):
+    for number in range(given.rounds):
         for label in labels:
+            print(f"{root.name}, round {number + 1}: {label}", file=sys.stderr, flush=True)
             cache = root / "cache"
             shutil.rmtree(cache, ignore_errors=True)
             more = {"warm_up": rows, "cache": str(cache)}

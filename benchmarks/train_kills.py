@@ -385,6 +385,7 @@ def fills(root: Path, draw: random.Random, count: int) -> Row:
 
 def fill(training: Training, filler: Path) -> None:
     """Leave room for less than a checkpoint."""
+    training.wait_for(lambda: bool(training.checkpoints()), START_SECONDS)
     _, folder = training.checkpoints()[0]
     size = sum(path.stat().st_size for path in folder.iterdir())
     block = b"\0" * (64 << 10)
@@ -447,6 +448,8 @@ def main() -> int:
     if arguments.seed is None:
         arguments.seed = secrets.randbelow(1 << 31)
     print(f"seed {arguments.seed}", flush=True)
+    # Asked to end, it leaves no training behind either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     folder = Path(tempfile.mkdtemp(prefix="tk"))
     rows, training = run(arguments, folder)
     is_good = not any(row.wrong for row in rows)

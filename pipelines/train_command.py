@@ -12,7 +12,7 @@ from declip_shards import DeclipError, Store
 from declip_shards.errors import did_you_mean
 from declip_train.open_clip_flags import FlagSettings, add_flags, read_flags
 from declip_train.settings import _ELASTIC, TrainSettings, read_settings
-from declip_train.stages import CONFIG, TrainModel
+from declip_train.stages import CONFIG, MARK, TrainModel
 from pipelines.arguments import ArgumentParser
 from pipelines.lock import workspace_lock
 from pipelines.options import flag_of, kind_name, options_of, parse_value, take_overrides
@@ -167,9 +167,12 @@ def build_stage(root: str, flags: FlagSettings, changes: Mapping[str, Any]) -> T
             )
     stage = TrainModel(root=root, **{**flags.values, **changes})
     unread = stage.unread()
+    # Whatever the flags for an epoch's length say, both numbers are read: as max_steps. What
+    # --zeroshot-frequency says is counted in steps later.
+    read = {"epochs"} if "max_steps" not in changes else set()
+    read |= {"evaluate_data"} if flags.evaluate_epochs is not None else set()
     for name in (*changes, *flags.sources):
-        # Whatever the flags for an epoch's length say, both numbers are read: as max_steps.
-        if name in unread and not (name == "epochs" and "max_steps" not in changes):
+        if name in unread and name not in read:
             given = flags.sources.get(name, flag_of(NAME, name))
             raise DeclipError(
                 f"{given} would change nothing: it is read by {unread[name]} alone; leave it out, "
@@ -197,7 +200,7 @@ def with_epochs(stage: TrainModel, flags: FlagSettings) -> TrainModel:
         # Reads the list of samples, and loads torch.
         from declip_train.samples import training_samples
 
-        num_samples = len(training_samples(stage))
+        num_samples = training_samples(stage).epoch_length
     changes: dict[str, Any] = {}
     for name, (flag, epochs) in wanted.items():
         if getattr(stage, name) is not None:
@@ -261,8 +264,24 @@ def refuse_another_checkpoint(store: Store, resume: str | None) -> None:
         )
 
 
+def is_of_this_data(store: Store, stage: TrainModel) -> bool:
+    """Whether the finished run's export is of the samples and first weights that are there now:
+    files may have changed under the same names.
+
+    Raises:
+        DeclipError: the data cannot be read.
+    """
+    # Torch is loaded with them.
+    from declip_train.pretrained import pretrained_digest
+    from declip_train.samples import training_samples
+
+    mark = json.loads(store.read_bytes(MARK))
+    samples = training_samples(stage).digest()
+    return bool(mark["samples"] == samples and mark["pretrained"] == pretrained_digest(stage))
+
+
 def _train(store: Store, stage: TrainModel) -> int:
-    if stage.is_done("all"):
+    if stage.is_done("all") and is_of_this_data(store, stage):
         print(f"train: nothing to do, {store.url} holds this run's export.")
         return 0
     stats = stage.worker()("all")

@@ -3,9 +3,10 @@
 import io
 import tarfile
 
-import end_to_end
 import numpy as np
 from PIL import Image
+
+import end_to_end
 
 
 def test_drawn_shards_hold_pairs(tmp_path):
@@ -19,7 +20,9 @@ def test_drawn_shards_hold_pairs(tmp_path):
             for member in tar:
                 names.add(member.name)
                 if member.name.endswith(".jpg"):
-                    data = tar.extractfile(member).read()
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    data = file.read()
                     sizes.append(len(data))
                     assert Image.open(io.BytesIO(data)).size == (64, 48)
     assert len(names) == 1200

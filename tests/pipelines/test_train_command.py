@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 
 from declip_shards import DeclipError, Store
 from declip_train.open_clip_flags import read_flags
+from declip_train.pretrained import pretrained_digest
+from declip_train.samples import training_samples
 from declip_train.settings import TrainSettings
-from declip_train.stages import CONFIG, TrainModel
+from declip_train.stages import CONFIG, MARK, TrainModel
 from pipelines import train_command
 
 DATA = ["--train-data", "/data/{00000..00003}.tar", "--train.model", "test"]
@@ -66,6 +71,8 @@ def test_the_same_command_means_the_same_folder(capsys: pytest.CaptureFixture[st
         (["--learning-rate", "1"], r"there is no option --learning-rate\.( Did you mean .*)?$"),
         (["--use-bn-sync"], "--use-bn-sync would change nothing: it is read by batch norm"),
         (["--train.bank-size", "9"], "--train.bank-size would change nothing"),
+        (["--train.evaluate-data", "x"], "--train.evaluate-data would change nothing"),
+        (["--imagenet-val", "x", "--zeroshot-frequency", "0"], "--imagenet-val would change nothi"),
         (["--epochs", "2", "--train.max-steps", "9", "--warmup", "1"], "--epochs would change no"),
         (["--out", "x", "--name", "y"], "is the run folder; leave out --name"),
         (["--lock-image"], "--lock-image is open_clip's, and is not obeyed here: towers cannot"),
@@ -111,6 +118,63 @@ def test_epochs_between_checkpoints_become_steps() -> None:
         train_command.with_epochs(stage, flags)
     stage, flags = stage_of()
     assert train_command.with_epochs(stage, flags) is stage
+
+
+def write_pairs(path: Path, keys: Sequence[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            # No picture is decoded here.
+            for name, data in (
+                (f"{key}.jpg", b"\xff\xd8" + key.encode()),
+                (f"{key}.txt", b"a cat"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_epochs_are_of_the_mixture(tmp_path: Path) -> None:
+    """An epoch of weighted sources is longer than their lists."""
+    write_pairs(tmp_path / "a.tar", ["a0", "a1", "a2", "a3"])
+    write_pairs(tmp_path / "b.tar", ["b0", "b1"])
+    arguments = train_command.build_parser().parse_args(
+        [
+            *("--train-data", f"{tmp_path}/a.tar::{tmp_path}/b.tar", "--warmup", "1"),
+            *("--train-data-upsampling-factors", "1::4", "--batch-size", "2"),
+            *("--save-frequency", "1"),
+        ]
+    )
+    flags = read_flags(arguments, model="test")
+    changes = {"model": "test", "cache": str(tmp_path / "cache")}
+    stage = train_command.build_stage(str(tmp_path / "run"), flags, changes)
+    assert train_command.with_epochs(stage, flags).checkpoint_every_steps == (4 + 4 * 2) // 2
+
+
+def test_an_export_of_other_data_is_not_this_one(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "a.tar", ["a0", "a1"])
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(b"1")
+    stage = TrainModel(
+        root=str(tmp_path / "run"),
+        train_data=(str(tmp_path / "a.tar"),),
+        selection="",
+        method="clip",
+        pretrained=str(weights),
+        cache=str(tmp_path / "cache"),
+    )
+    store = Store(stage.root)
+
+    def mark() -> None:
+        samples, first = training_samples(stage).digest(), pretrained_digest(stage)
+        store.write_bytes(MARK, json.dumps({"samples": samples, "pretrained": first}).encode())
+
+    mark()
+    assert train_command.is_of_this_data(store, stage)
+    weights.write_bytes(b"2")
+    assert not train_command.is_of_this_data(store, stage)
+    mark()
+    write_pairs(tmp_path / "a.tar", ["a0", "a1", "a2"])
+    assert not train_command.is_of_this_data(store, stage)
 
 
 def test_a_run_of_other_settings_is_left_alone(tmp_path: Path) -> None:

@@ -65,8 +65,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(404)
             return
         data = path.read_bytes()
-        if body and server.faults.get(path.name, 0):
-            server.faults[path.name] -= 1
+        asked_for = path.name if body else f"HEAD {path.name}"
+        if server.faults.get(asked_for, 0):
+            server.faults[asked_for] -= 1
             self.send_error(503)
             return
         asked = self.headers.get("Range")
@@ -89,7 +90,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 @contextlib.contextmanager
 def served(folder):
     """A server of ``folder`` on loopback: its address, and the server with ``asked``, a list of
-    (name, bytes), and ``faults``, how many times a name is answered by an error."""
+    (name, bytes), and ``faults``, how many times a name (or ``HEAD name``) is answered by an
+    error."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.folder, server.asked, server.faults = folder, [], {}
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))

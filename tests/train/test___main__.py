@@ -1,6 +1,9 @@
 """The command: its help, and one sentence for what is wrong."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -103,3 +106,32 @@ def test_the_status_says_how_it_ended(started, capsys):
     assert started(error=RunStalledError("x stalled"))[0] == ENDED_EARLY
     assert "declip_train: error: x stalled" in capsys.readouterr().err
     assert started(error=KeyboardInterrupt())[0] == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        ("sys.exit(143)", 143, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_process_ends_at_once_and_loses_no_word(outcome, status, said):
+    script = f"""
+import sys, threading, time
+import declip_train.__main__ as command
+class Slow:
+    def __del__(self):
+        time.sleep(20)  # As the teardown of torch may take on a busy machine.
+slow = Slow()
+threading.Thread(target=time.sleep, args=(20,)).start()
+def main():
+    print("out")
+    {outcome}
+command.main = main
+command._end(command._run())
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert time.monotonic() - began < 15
+    assert (done.returncode, done.stdout) == (status, "out\n")
+    assert said in done.stderr

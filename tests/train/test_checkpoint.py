@@ -37,6 +37,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.checkpoint_engine: Any = None
+        self.module = torch.nn.Module()
         self.weights = torch.zeros(1000)
         self.moments = torch.zeros(3000)
 

@@ -85,6 +85,14 @@ def test_what_is_cut_or_damaged_is_made_again(tmp_path):
         assert path.read_bytes() == whole
 
 
+def test_what_another_version_made_is_made_anew(tmp_path, monkeypatch):
+    old = made(tmp_path, {"a": [np.arange(3)]})
+    monkeypatch.setattr(column_files, "_FORMAT", column_files._FORMAT + 1)
+    new = made(tmp_path, {"a": [np.arange(4)]})
+    assert [len(each["a"]) for each in (old, new)] == [3, 4]
+    assert old.path.exists(), "the other version may go on with its own"
+
+
 def test_one_maker_at_a_time_and_none_for_what_stands(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(column_files, "_SECONDS_BETWEEN_LINES", 0.01)
     builds = []

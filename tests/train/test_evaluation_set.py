@@ -102,3 +102,15 @@ def test_what_is_wrong_is_told(tmp_path):
     (tmp_path / "e/test/0.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(DeclipError, match=r"0.tar' cannot be read .*download it again"):
         read_evaluation_set(tmp_path / "e")
+
+
+def test_numbers_of_wordnet_are_no_names(tmp_path):
+    for name in ("n01440764", "n01443537", ".thumbnails"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture(1))
+    with pytest.raises(DeclipError, match=r"WordNet's numbers, as 'n01440764'.*classnames.txt"):
+        read_evaluation_set(tmp_path)
+    (tmp_path / "classnames.txt").write_text("tench\ngoldfish\n")
+    found = read_evaluation_set(tmp_path)
+    assert found.class_names == ["tench", "goldfish"]
+    assert [one.label for one in found.pictures] == [0, 1]

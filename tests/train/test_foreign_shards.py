@@ -222,6 +222,8 @@ def test_entries_are_parts_with_weights(tmp_path):
     assert sorted(counts[f"b{n}"] for n in range(4)) == [0, 0, 1, 1]
     with pytest.raises(DeclipError, match="data_weights has 1 numbers, but train_data has 2"):
         load(tmp_path, entries, weights=("2",))
+    with pytest.raises(DeclipError, match=r"0.1 for .*b/\{0..0\}.tar', of whose 4 pairs an epoch"):
+        load(tmp_path, entries, weights=("2::0.1",))
 
 
 def test_tars_at_a_url(tmp_path):

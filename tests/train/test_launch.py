@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from declip_train import launch
+from declip_shards import DeclipError
+from declip_train import launch, supervision
 from declip_train.settings import TrainSettings
 from declip_train.supervision import StopWish
 
@@ -81,6 +82,7 @@ def test_the_first_cause_is_a_process_own_sentence(tmp_path):
     other = launch._first_cause(log, 9)
     assert "status 9: MemoryError: no room" in str(other)
     assert isinstance(other, launch.RunEndedError)
+    assert "process 1 died: killed" in str(launch._first_cause(log, 9, "process 1 died"))
     log.write_text("")
     assert "it said nothing" in str(launch._first_cause(log, 9))
 
@@ -102,7 +104,10 @@ while not stop.is_on:
     if step == 3 and fault == "die" and attempts.read_text() == "x":
         os.kill(os.getpid(), signal.SIGKILL)
     if step == 20 and fault in ("none", "die"):
+        heart.close()
         sys.exit(0)
+    if step == 3 and fault == "quiet":
+        os._exit(0)
     time.sleep(0.02 if fault != "stall" or step < 4 else 60)
     step += fault == "stall"
 print("saved", flush=True)
@@ -126,13 +131,35 @@ def attempts(tmp_path):
 
 def test_a_run_that_died_is_started_again_as_often_as_allowed(tmp_path, monkeypatch, capfd):
     start = run_fault(tmp_path, monkeypatch, "die")
-    with pytest.raises(launch.RunEndedError, match="training ended with status") as raised:
+    with pytest.raises(launch.RunEndedError, match=r"process 0 .* died at step") as raised:
         start()
     assert raised.value.status == 75
+    with pytest.raises(launch.RunEndedError, match="died at step"):
+        run_fault(
+            tmp_path, monkeypatch, "quiet"
+        )()  # As DeepSpeed's command when its own is killed.
     (tmp_path / "attempts").unlink()
+    start = run_fault(tmp_path, monkeypatch, "die")
     start(restarts=2)
     assert attempts(tmp_path) == 2
     assert "Starting again; 1 more times after this." in capfd.readouterr().err
+
+
+def test_a_second_run_leaves_the_words_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervision, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "SAVING_SECONDS", -5.0)
+    log = tmp_path / "train" / launch.LAUNCH_LOG
+    log.parent.mkdir()
+    log.write_text("first")
+    with (
+        supervision.hold_file(log),
+        pytest.raises(DeclipError, match="another training run is writing to"),
+    ):
+        run_fault(tmp_path, monkeypatch, "none")()
+    assert log.read_text() == "first"
+    assert not (tmp_path / "attempts").exists()
+    run_fault(tmp_path, monkeypatch, "none")()
+    assert attempts(tmp_path) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -149,6 +176,8 @@ def test_a_stalled_run_is_ended_with_a_status_of_its_own(tmp_path, monkeypatch, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_stall_is_only_named_where_it_does_not_end_the_run(tmp_path, monkeypatch):
+    # It sleeps in its step, and hears nothing gentle.
+    monkeypatch.setattr(supervision, "GRACE_SECONDS", 0.3)
     start = run_fault(tmp_path, monkeypatch, "stall", stall_ends_run=False)
     wish = StopWish()
     timer = threading.Timer(2.5, wish.ask)

@@ -612,13 +612,46 @@ def test_leaving_early_ends_the_thread(samples):
     assert not [t for t in threading.enumerate() if t.name == "batch-loader"]
 
 
+def test_processes_that_hold_other_samples_are_refused(samples, monkeypatch):
+    fewer = dataclasses.replace(samples, rows=samples.rows[:40], known_fingerprint="")
+    heard = [f"{len(each):,} samples, {each.digest()[:12]}" for each in (samples, fewer)]
+
+    def gather(found, own):
+        assert own in heard
+        found[:] = heard
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank, each in enumerate((samples, fewer)):
+        with pytest.raises(DeclipError, match=r"process 0 found 50 samples, .* process 1 40 samp"):
+            next(BatchLoader(each, changed(method="clip"), rank, 2).batches(0))
+    heard[1] = heard[0]
+    assert len(next(BatchLoader(samples, changed(method="clip"), 1, 2).batches(0))) == 6
+
+
+def test_a_decoder_in_python_leaves_the_compiled_part_alone(samples, monkeypatch):
+    def compiled():
+        raise AssertionError("it was asked for")
+
+    monkeypatch.setattr("declip_pixels.decoding.compiled_part", compiled)
+    settings = changed(method="clip", decoder="python", decoded_cache_megabytes=0)
+    assert len(BatchLoader(samples, settings, 0, 1).make_batch(0)) == 12
+
+
 def test_threads_that_draw_views(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert view_threads(changed(threads_per_rank=3)) == 3
     assert view_threads(changed(threads_per_rank=3, loader_threads=5)) == 5
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     assert view_threads(changed(global_batch_size=12, num_ranks=4)) == 4
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        # Of the four processes, two are on this machine.
+        monkeypatch.setenv(name, "2")
+        assert view_threads(changed(global_batch_size=12, num_ranks=4)) == 8
+        monkeypatch.delenv(name)
     # They change no pixel, so a run may go on under another number.
     assert changed(loader_threads=7).digest() == SETTINGS.digest()
 

@@ -82,6 +82,10 @@ def test_methods_without_batch_norm_take_one_sample_a_process(method):
         ({"optimizer": "sgd"}, {"beta2", "eps"}, {"beta1"}),
         ({"eda": False}, {"wordnet"}, {"eda"}),
         ({"max_steps": 9000}, {"epochs"}, {"max_steps"}),
+        ({"train_data": ("a.tar",)}, {"splits", "selection"}, {"start_lr", "stall_ends_run"}),
+        ({"warmup_steps": 0, "stall_seconds": 0}, {"start_lr", "stall_ends_run"}, {"selection"}),
+        ({"evaluate_data": "x"}, {"evaluate_data"}, {"splits"}),
+        ({"evaluate_data": "x", "evaluate_every_steps": 2}, set(), {"evaluate_data"}),
     ],
 )
 def test_what_nothing_reads(given, unread, read):
@@ -101,6 +105,8 @@ def test_names_of_what_nothing_reads_are_settings():
     [
         ({"data_weights": ("2",)}, "train_data is unset"),
         ({"evaluate_every_steps": 5}, "evaluate_data is not"),
+        ({"keep_every_steps": 5}, "keep_every_steps is 5, but checkpoint_every_steps is unset"),
+        ({"keep_every_steps": 5, "checkpoint_every_steps": 2}, "checkpoint_every_steps is 2"),
     ],
 )
 def test_settings_that_need_one_another(values, sentence):

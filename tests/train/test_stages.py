@@ -110,7 +110,7 @@ def test_killed_three_ways_it_ends_with_the_same_bytes(tmp_path):
     os.kill(next(pid for pid, is_rank in processes_of(broken) if is_rank), signal.SIGKILL)
     status, errors = end_stage(process)
     assert status != 0
-    assert "training ended with status" in errors
+    assert "died at step" in errors
     wait_until(lambda: not processes_of(broken), 10)
 
     # kill -9 of the process that runs the stage: nobody is left who could end the others.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from declip_shards import DeclipError
+from declip_shards.store import TEMPORARY_MARK
 from declip_train import tar_cache
 from declip_train.tar_cache import TarFiles, fetch_tar, find_tar, is_remote
 from declip_train.tar_listing import walk_tar
@@ -51,6 +52,23 @@ def test_local_pictures_come_in_the_order_asked_for(data):
     again = pickle.loads(pickle.dumps(files))
     assert read(again, wanted) == images
     assert not (folder / "c").exists()
+
+
+def test_a_tar_stays_open_while_it_is_read(data, monkeypatch):
+    folder, wanted, images = data
+    monkeypatch.setattr(tar_cache, "_OPEN_TARS", 1)
+    files = TarFiles([find_tar(str(folder / f"w/{n}.tar")) for n in range(2)], folder / "c", 0)
+    real, others = os.pread, [wanted[3]]
+
+    def pread(number, size, offset):
+        # As another thread may at this moment: its tar crowds this one out of the open ones.
+        if others:
+            assert files.read(*others.pop()) == images[3]
+        return real(number, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    assert files.read(*wanted[0]) == images[0]
+    assert not others
 
 
 @pytest.mark.parametrize(
@@ -104,6 +122,27 @@ def test_remote_tars_without_room_are_read_by_ranges(data, capfd):
     assert capfd.readouterr().err.count("pictures are fetched one by one") == 1
 
 
+@pytest.mark.parametrize("room", [0, 1e9])
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(data, room):
+    folder, wanted, images = data
+    with served(folder / "w") as (address, server):
+
+        def busy(times):
+            # fsspec asks by HEAD and then by GET.
+            server.faults.update({"HEAD 0.tar": times, "0.tar": times})
+
+        busy(2)
+        source = find_tar(f"{address}/0.tar")
+        with pytest.raises(DeclipError, match="cannot be reached"):
+            find_tar(f"{address}/9.tar")
+        files = TarFiles([source], folder / f"c{room}", room)
+        busy(99)
+        (gone,) = read(files, wanted[:1])
+        assert "cannot be reached" in str(gone)
+        busy(0)
+        assert read(files, wanted[:3]) == images[:3], "it is back"
+
+
 def test_the_tars_used_longest_ago_make_way(data):
     folder, _, _ = data
     with served(folder / "w") as (address, server):
@@ -118,6 +157,21 @@ def test_the_tars_used_longest_ago_make_way(data):
         third = fetch_tar(sources[2], folder / "c", room)
         assert {*(folder / "c/tars").glob("*.tar")} == {paths[0], third}
         assert len(server.asked) == 3
+
+
+def test_what_a_killed_process_left_unfinished_goes_with_the_next_fetch(data):
+    folder, _, _ = data
+    with served(folder / "w") as (address, _):
+        source = find_tar(f"{address}/0.tar")
+        name = fetch_tar(source, folder / "other", 1e9).name
+        tars = folder / "c/tars"
+        tars.mkdir(parents=True)
+        other = name[:7] + f"{int(name[7], 16) ^ 1:x}" + name[8:]
+        for each in (name, other):
+            (tars / f"{each}{TEMPORARY_MARK}7-abc").write_bytes(b"x" * 1000)
+        fetch_tar(source, folder / "c", 1e9)
+    left = {path.name for path in tars.iterdir() if not path.name.endswith(".lock")}
+    assert left == {name, f"{other}{TEMPORARY_MARK}7-abc"}, "another lock's may be under way"
 
 
 def test_processes_fetch_a_tar_once(data):

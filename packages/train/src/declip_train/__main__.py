@@ -7,6 +7,7 @@ statuses: :mod:`declip_train.supervision`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from declip_shards import DeclipError
 from declip_shards.store import Store
@@ -96,7 +98,7 @@ def _train_here(settings: TrainSettings, quiet: bool) -> int:
     watch = None
     if BOARD_VARIABLE not in os.environ:
         folder = Path(Store(settings.root).local_path("train"))
-        watch = RankWatch.start(heart, settings, folder, stop)
+        watch = RankWatch.start(heart, settings, folder)
     use_extension = prepare_environment(settings)
     # DeepSpeed reads the environment when it is imported, and announces itself at length.
     import deepspeed
@@ -189,5 +191,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _end(status: int) -> NoReturn:
+    """End this process without taking the interpreter apart: collecting what torch has built takes
+    seconds, of the few that a scheduler gives."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _run() -> int:
+    """:func:`main`, and what Python would make of an exception."""
+    try:
+        return main()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(_run())

@@ -80,6 +80,7 @@ class _Engine(Protocol):
     """What of DeepSpeed's engine is used here."""
 
     checkpoint_engine: Any
+    module: torch.nn.Module
 
     def save_checkpoint(
         self, save_dir: str, tag: str, client_state: dict[str, Any], save_latest: bool
@@ -415,6 +416,12 @@ class Checkpoints:
             seed_random_states(self.run, step, self.rank)
         if self.rank == 0:
             self._tell(step, saved, now)
+            if not same_ranks and _normalizes_locally(engine.module):
+                self.say(
+                    "WARNING: batch norm is taken over the rows of each process, so losses differ "
+                    "from those in as many processes as before; batch_norm synchronized has none "
+                    "of that"
+                )
         return step
 
     def _choose(self) -> int | None:
@@ -438,6 +445,12 @@ class Checkpoints:
                     f"WARNING: the checkpoint was written with {name} {was}, this is "
                     f"{now['versions'].get(name)}: what follows may differ from a straight run"
                 )
+
+
+def _normalizes_locally(module: torch.nn.Module) -> bool:
+    """Whether some result depends on how a batch is shared by processes."""
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return not all(getattr(norm, "synchronized", False) for norm in norms)
 
 
 def _processes(made_by: Mapping[str, Any]) -> str:

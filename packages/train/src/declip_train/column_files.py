@@ -34,6 +34,9 @@ __all__ = ["Columns", "TextColumn", "cache_base", "cached_columns", "digest_of",
 _TYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 _META = "__metadata__"
+_FORMAT = 1
+"""Of all lists; counts up when one gets other columns, or they another meaning or order. What
+another version made is then made anew, and lies beside it."""
 _SECONDS_BETWEEN_LINES = 10.0
 _KEPT_FILES = 256
 _KEPT_SECONDS = 30 * 24 * 3600.0
@@ -230,7 +233,7 @@ def cached_columns(
     Raises:
         DeclipError: the cache cannot be written; and what ``build`` raises.
     """
-    path = base / kind / f"{key[:40]}.safetensors"
+    path = base / kind / f"{key[:40]}-{_FORMAT}.safetensors"
     found = _open(path)
     if found is not None:
         return found

@@ -13,6 +13,7 @@ or ``{}`` where the name goes. Pictures may be .jpg, .jpeg, .png or .webp.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """CLIP's single default prompt (Radford et al. 2021, section 3.1.4)."""
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _TAR_FOLDER = "test"
+_WORDNET_ID = re.compile(r"n\d{8}")
+"""Of ImageNet's folders."""
 
 
 class Picture(NamedTuple):
@@ -91,7 +94,8 @@ def read_evaluation_set(folder: str | Path) -> EvaluationSet:
             )
         pictures = [picture for tar in tars for picture in _pictures_of(tar)]
     else:
-        folders = sorted(p for p in path.iterdir() if p.is_dir())
+        # Hidden ones are other programs': no class.
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         pictures = [
             Picture(str(file), 0, file.stat().st_size, label)
             for label, own in enumerate(folders)
@@ -102,6 +106,12 @@ def read_evaluation_set(folder: str | Path) -> EvaluationSet:
             raise DeclipError(
                 f"{str(path / CLASS_NAMES)!r} has {len(names)} names for {len(folders)} folders of "
                 "pictures; write one line for each folder, in the order of their names."
+            )
+        if names is None and folders and all(_WORDNET_ID.fullmatch(own.name) for own in folders):
+            raise DeclipError(
+                f"the folders in {str(path)!r} are named by WordNet's numbers, as "
+                f"{folders[0].name!r}, which no caption has; write the classes' names to "
+                f"{CLASS_NAMES} there, one a line, in the order of the folders."
             )
         names = names or [own.name.replace("_", " ") for own in folders]
     if not pictures:

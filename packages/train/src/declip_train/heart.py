@@ -33,6 +33,8 @@ FIRST_STEPS = 2
 _REMEMBERED = 8
 """Steps whose times say what is usual."""
 _SLOT = struct.Struct("<8q")
+_ENDED_WELL = -1
+"""In the place of a count of beats."""
 DUMP_SIGNAL = signal.SIGUSR2
 """Upon it a process writes what its threads do to its file beside the board."""
 
@@ -85,8 +87,13 @@ class Board:
         _SLOT.pack_into(self._memory, slot * _SLOT.size, *numbers, *more)
 
     def clear(self, slot: int) -> None:
-        """Forget a process."""
-        self._memory[slot * _SLOT.size : (slot + 1) * _SLOT.size] = bytes(_SLOT.size)
+        """Forget a process that has ended well, but for their number."""
+        _SLOT.pack_into(self._memory, slot * _SLOT.size, 0, 0, _ENDED_WELL, *[0] * 5)
+
+    def num_ended_well(self) -> int:
+        """Processes that came to the end of what they do, be it with an error that they told."""
+        slots = (_SLOT.unpack_from(self._memory, i * _SLOT.size) for i in range(self.slots))
+        return sum(count == _ENDED_WELL for _, _, count, *_ in slots)
 
     def read(self) -> list[Beat]:
         """The last beat of every process that has beaten, by rank."""

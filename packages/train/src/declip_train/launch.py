@@ -31,6 +31,7 @@ from declip_train.supervision import (
     STOPPED,
     StopWish,
     end_group,
+    hold_file,
     process_start,
     signal_group,
 )
@@ -344,7 +345,11 @@ def _run_here(part: _Part, wish: StopWish) -> None:
         hosts.write_text("".join(lines))
     command = launch_command(part.config, settings.num_ranks, free_port(), place, str(hosts))
     name = place.log if place is not None else LAUNCH_LOG
+    # A second run must not write over what this one says, nor take its words for its own.
+    held = hold_file(folder / name, lambda: wish.status is not None)
     try:
+        if wish.status is not None:
+            return
         with (folder / name).open("wb") as log:
             # A group of its own: signals reach all of it, and none of ours.
             child = subprocess.Popen(
@@ -354,6 +359,7 @@ def _run_here(part: _Part, wish: StopWish) -> None:
         progress = Progress(folder, show=part.show_progress and name == LAUNCH_LOG)
         _Vigil(child, folder, board, settings, wish, progress, log=folder / name).keep()
     finally:
+        held.close()
         board.remove()
 
 
@@ -376,6 +382,8 @@ class _Vigil:
         self._watch = StallWatch(board, settings.stall_seconds)
         self._progress = progress
         self._death: float | None = None
+        self._pids: set[int] = set()
+        """Of the training processes, as they came."""
 
     def keep(self) -> None:
         """Return when the group of processes is gone.
@@ -384,32 +392,35 @@ class _Vigil:
             RunStalledError, DeclipError: as :func:`launch`.
         """
         progress = self._progress
-        stalled = ""
+        stalled = died = ""
         try:
             last = time.monotonic()
-            while self.child.poll() is None and self.wish.status is None and not stalled:
+            while self.child.poll() is None and self.wish.status is None and not stalled + died:
                 time.sleep(min(_SECONDS_BETWEEN_LOOKS, self._watch.interval))
                 progress.look()
                 now = time.monotonic()
                 stalled = self._look(now - last)
-                self._help_the_dying()
+                died = self._look_for_the_dead(now)
                 last = now
             progress.look()
         finally:
             progress.close()
-            if stalled:
-                # They would not hear anything gentler.
+            if stalled or died:
+                # They would not hear anything gentler, and have nothing to save without the dead.
                 signal_group(self.child.pid, signal.SIGKILL)
-            end_group(self.child.pid, is_saving=self._is_saving, at_once=lambda: self.wish.at_once)
+            end_group(self.child.pid, is_saving=self._is_saving, at_once=self._need_not_wait)
             self.child.wait()
         if stalled:
             raise RunStalledError(
                 f"{stalled}; the run was ended, run again to go on from the newest checkpoint."
             )
-        if self.wish.status is None and self.child.returncode == STOPPED:
+        if self.wish.status is not None:
+            return
+        if self.child.returncode == STOPPED:
             self.wish.ask()
-        elif self.child.returncode and self.wish.status is None:
-            raise _first_cause(self.log, self.child.returncode)
+        elif self.child.returncode or self.board.num_ended_well() < self.board.slots:
+            # DeepSpeed's command ends with 0 when what it has started was killed.
+            raise _first_cause(self.log, self.child.returncode, died or self._name_the_dead())
 
     def _look(self, elapsed: float) -> str:
         """Name a stall; returns its sentence if the run is to end for it."""
@@ -422,21 +433,33 @@ class _Vigil:
         self._watch.forgive()
         return line if self._ends else ""
 
-    def _help_the_dying(self) -> None:
-        """When a process has died, ask the others to stop: DeepSpeed's launcher would do so one by
-        one, and wait for each."""
+    def _look_for_the_dead(self, now: float) -> str:
+        """Name processes that have died for long enough that the others have been heard.
+
+        DeepSpeed's launcher would end the others one by one, and wait for each.
+        """
+        sentence = self._name_the_dead()
+        if not sentence:
+            self._death = None
+            return ""
+        self._death = now if self._death is None else self._death
+        return sentence if now - self._death > SECONDS_AFTER_A_DEATH else ""
+
+    def _name_the_dead(self) -> str:
+        """Who ended without a word; empty where nobody did."""
         beats = self.board.read()
-        living = [beat.pid for beat in beats if process_state(beat.pid)]
-        if len(living) == len(beats):
-            return
-        now = time.monotonic()
-        if self._death is None:
-            self._death = now
-        elif now - self._death > SECONDS_AFTER_A_DEATH:
-            self._death = now + 3600
-            for pid in living:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+        self._pids.update(beat.pid for beat in beats)
+        dead = [beat for beat in beats if not process_state(beat.pid)]
+        return "; ".join(
+            f"process {beat.rank} (pid {beat.pid}) died at step {beat.step} (phase {beat.phase!r})"
+            for beat in dead
+        )
+
+    def _need_not_wait(self) -> bool:
+        """Whether those that are left have nothing to save: DeepSpeed's launcher takes seconds to
+        end, with no process below it."""
+        ended = len(self._pids) == self.board.slots and not any(map(process_state, self._pids))
+        return self.wish.at_once or ended
 
     def _is_saving(self) -> bool:
         return any(
@@ -449,16 +472,19 @@ def _say(line: str) -> None:
     print(f"train: {line}", file=sys.stderr, flush=True)
 
 
-def _first_cause(log: Path, status: int) -> DeclipError:
-    """What went wrong, in one sentence: the first process's own, or the log's last lines."""
+def _first_cause(log: Path, status: int, dead: str = "") -> DeclipError:
+    """What went wrong, in one sentence: a process's own, who died, or the log's last lines."""
     lines = log.read_text(errors="replace").splitlines()
     own = [line.partition(ERROR_MARK)[2] for line in lines if ERROR_MARK in line]
     if own:
         return DeclipError(own[0])
+    where = f"{str(log)!r}); run again to go on from the newest checkpoint."
+    if dead:
+        return RunEndedError(
+            f"{dead}: killed (by the system, when memory runs out), or crashed (what all of them "
+            f"said: {where}"
+        )
     told = [line.strip() for line in lines if line.strip() and "[INFO]" not in line]
     errors = [line for line in told if "Error" in line and "launch.py" not in line]
     last = (errors or told or ["it said nothing"])[-1]
-    return RunEndedError(
-        f"training ended with status {status}: {last} (all of it: {str(log)!r}); run again to go "
-        "on from the newest checkpoint."
-    )
+    return RunEndedError(f"training ended with status {status}: {last} (all of it: {where}")

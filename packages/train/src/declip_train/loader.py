@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from declip_shards import DeclipError
@@ -44,8 +45,37 @@ def view_threads(settings: TrainSettings) -> int:
     if settings.loader_threads is not None:
         return settings.loader_threads
     if torch.cuda.is_available():
-        return max(1, len(os.sched_getaffinity(0)) // settings.num_ranks)
+        return max(1, len(os.sched_getaffinity(0)) // _processes_here(settings))
     return settings.threads_per_rank
+
+
+def _processes_here(settings: TrainSettings) -> int:
+    """Processes of the run on this machine, as DeepSpeed's launcher and torchrun tell them;
+    ``num_ranks`` counts those of all machines."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return settings.num_ranks
+
+
+def _require_equal_samples(samples: TrainingSamples, world_size: int) -> None:
+    """Refuse processes that listed other data: each would take its part of another order.
+
+    Raises:
+        DeclipError: some did; on every process.
+    """
+    if world_size == 1 or not dist.is_initialized():
+        return
+    own = f"{len(samples):,} samples, {samples.digest()[:12]}"
+    everyone: list[str] = [""] * world_size
+    dist.all_gather_object(everyone, own)
+    others = [number for number, found in enumerate(everyone) if found != everyone[0]]
+    if others:
+        raise DeclipError(
+            f"process 0 found {everyone[0]} to train on, process {others[0]} {everyone[others[0]]}:"
+            " the machines hold other shards, selections or neighbor tables, or these were changed "
+            "while the run started; copy the dataset anew, or start again."
+        )
 
 
 def colors_on_device(settings: TrainSettings) -> bool:
@@ -199,16 +229,20 @@ class BatchLoader:
     def batches(self, start_step: int, device: torch.device | None = None) -> Iterator[Batch]:
         """Batches from ``start_step`` to the end of the run, prepared ahead in a thread.
 
-        The time that the caller waits for one adds up in ``wait_seconds``. With tables that may be
-        refreshed, asking for a batch is a collective operation, and ``tables.start`` comes before
-        the first.
+        The time that the caller waits for one adds up in ``wait_seconds``. Asking for the first
+        batch is a collective operation (processes that hold other samples are refused), and with
+        tables that may be refreshed for each; ``tables.start`` comes before the first.
 
         Args:
             start_step: from 0.
             device: a GPU that the batches lie on, finished; while one is computed, the next is sent
                 there if it is ready. None: they lie on the host, where there is a GPU in memory
                 that it copies from by itself.
+
+        Raises:
+            DeclipError: a process holds other samples than process 0; or see :meth:`make_batch`.
         """
+        _require_equal_samples(self.samples, self.world_size)
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(
             self.settings.prefetch_batches
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import sys
@@ -15,7 +14,6 @@ from typing import Any, BinaryIO
 import torch.distributed as dist
 
 import declip_train
-from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
 from declip_shards.store import Store, atomic_write
 from declip_train.checkpoint import Checkpoints, file_digest, tag_of
@@ -33,7 +31,7 @@ from declip_train.online_eval import OnlineEvaluation
 from declip_train.pretrained import pretrained_digest
 from declip_train.samples import TrainingSamples, training_samples
 from declip_train.settings import TrainSettings
-from declip_train.supervision import GRACE_SECONDS, SAVING_SECONDS, StopSwitch
+from declip_train.supervision import StopSwitch, hold_file
 from declip_train.wordnet import WordNet
 
 FOLDER = "train"
@@ -108,18 +106,7 @@ def hold_folder(folder: Path) -> BinaryIO | None:
     if dist.get_rank():
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("ab")
-    deadline = time.monotonic() + GRACE_SECONDS + SAVING_SECONDS + 5
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise DeclipError(
-                    f"another training run is writing to {str(folder)!r}; wait for it or stop it."
-                ) from None
-            time.sleep(0.2)
+    return hold_file(folder / "lock")
 
 
 def prepare(settings: TrainSettings) -> Run:

@@ -285,7 +285,7 @@ class ViewMaker:
         if not len(places):
             return {}
         with self.clock.phase("decode"):
-            sizes = image_sizes(data)
+            sizes = image_sizes(data, decoder=self.settings.decoder)
         # What has no size fails to be decoded, too, and that is where the reason comes from.
         boxes, flips = self._boxes(job, rows[places], np.maximum(sizes, 1))
         whole = len(places) == len(rows)

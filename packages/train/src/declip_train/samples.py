@@ -16,7 +16,7 @@ from declip_shards import DeclipError, Store, layout, neighbor_tables, sidecars
 from declip_shards.neighbor_tables import TableVersion
 from declip_train.column_files import Chunks, cache_base, cached_columns, digest_of
 from declip_train.foreign_shards import data_entries, foreign_pool
-from declip_train.mixtures import parse_weights
+from declip_train.mixtures import epoch_length, parse_weights
 from declip_train.sample_columns import (
     NeighborColumns,
     SamplePool,
@@ -208,6 +208,13 @@ def _foreign_samples(settings: TrainSettings) -> TrainingSamples:
     weights = parse_weights(data_entries(settings.data_weights), entries)
     base, room = cache_base(settings.cache), settings.cache_gigabytes * _GIGABYTE
     found = foreign_pool(entries, base, room)
+    for entry, weight, size in zip(entries, weights, found.part_sizes, strict=True):
+        if not epoch_length([size], [weight]):
+            raise DeclipError(
+                f"data_weights has {weight:g} for {entry!r}, of whose {size} pairs an epoch would "
+                f"meet none; raise it to {1 / size:.3g} at least, or leave the entry out of "
+                "train_data."
+            )
     rows = np.arange(len(found.pool))
     return TrainingSamples(
         pool=found.pool,

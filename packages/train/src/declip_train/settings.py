@@ -190,7 +190,7 @@ class TrainSettings:
     first where it can be built."""
     loader_threads: int | None = field(default=None, metadata=_UNHASHED)
     """Threads of each process that draw views; unset: with GPUs this machine's cores divided by
-    num_ranks, else threads_per_rank."""
+    its processes, else threads_per_rank."""
     prefetch_batches: int = field(default=2, metadata=_UNHASHED)
     """Batches prepared ahead of the trainer."""
     cache: str | None = field(default=None, metadata=_UNHASHED)

@@ -244,6 +244,12 @@ def _check_sources(settings: TrainSettings) -> None:
             f"evaluate_every_steps is {settings.evaluate_every_steps}, but evaluate_data is not "
             "set; give both, or neither."
         )
+    every, kept = settings.checkpoint_every_steps, settings.keep_every_steps
+    if kept is not None and (every is None or kept % every):
+        raise DeclipError(
+            f"keep_every_steps is {kept}, but checkpoint_every_steps is {every or 'unset'}, so no "
+            "checkpoint is sure to be written at those steps; set it to that or a divisor of it."
+        )
 
 
 def _check_batch(settings: TrainSettings) -> None:
@@ -348,8 +354,11 @@ def unread_settings(settings: TrainSettings) -> dict[str, str]:
         "optimizers adamw and lamb": (settings.optimizer != "sgd", ("beta2", "eps")),
         "the dataset's own shards, which train_data replaces": (
             not settings.train_data,
-            ("splits",),
+            ("splits", "selection"),
         ),
+        "evaluate_every_steps": (settings.evaluate_every_steps is not None, ("evaluate_data",)),
+        "a stall_seconds above 0": (settings.stall_seconds > 0, ("stall_ends_run",)),
+        "a warmup_steps above 0": (settings.warmup_steps > 0, ("start_lr",)),
         "epochs, which max_steps overrides": (settings.max_steps is None, ("epochs",)),
     }
     unread = {

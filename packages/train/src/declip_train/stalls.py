@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from declip_train.heart import DUMP_SIGNAL, PHASES, Beat, Board, Heart
-from declip_train.supervision import ENDED_EARLY, StopSwitch, process_start
+from declip_train.supervision import ENDED_EARLY, process_start
 
 if TYPE_CHECKING:
     from declip_train.settings import TrainSettings
 
-SECONDS_AFTER_A_DEATH = 2.0
-"""For processes to notice by themselves that another is gone, before they are asked to stop."""
+SECONDS_AFTER_A_DEATH = 1.0
+"""From the death of a process to the end of the others: they can save nothing without it, but may
+have something to say."""
 REPORTS = "stalls"
 """Folder of the run for what was found."""
 _EARLY = 0.9
@@ -287,7 +288,7 @@ class RankWatch:
         self._watch = StallWatch(heart.board, seconds)
         self._tell, self._end = tell, end
         self._closed = threading.Event()
-        self._stop: StopSwitch | None = None
+        self._ends_upon_death = False
         self._death = 0.0
         self._named: tuple[int, int, int] | None = None
         self._times = 0
@@ -296,15 +297,13 @@ class RankWatch:
             self._thread.start()
 
     @classmethod
-    def start(
-        cls, heart: Heart, settings: TrainSettings, folder: Path, stop: StopSwitch
-    ) -> RankWatch | None:
+    def start(cls, heart: Heart, settings: TrainSettings, folder: Path) -> RankWatch | None:
         """Watch from within a process, as the settings say; None where there is no board."""
         if heart.board is None:
             return None
         end = _end_this_machine if settings.stall_ends_run else None
         watch = cls(heart, settings.stall_seconds, folder, _say, end)
-        watch._stop = stop
+        watch._ends_upon_death = True
         return watch
 
     def _run(self) -> None:
@@ -329,11 +328,12 @@ class RankWatch:
         faulthandler.cancel_dump_traceback_later()
 
     def _notice_death(self, elapsed: float) -> None:
-        """Stop when another process of this machine has died: it will not come to a collective."""
+        """End when another process of this machine has died: it will not come to a collective."""
         dead = any(not process_state(beat.pid) for beat in self._board.read())
         self._death = self._death + elapsed if dead else 0.0
-        if self._death > SECONDS_AFTER_A_DEATH and self._stop is not None:
-            self._stop.turn_on(1)
+        if self._death > SECONDS_AFTER_A_DEATH and self._ends_upon_death:
+            sys.stderr.flush()
+            os._exit(ENDED_EARLY)
 
     def _claim(self, stall: Stall) -> bool:
         """Whether this process is the one to speak of a stall; silent for as long again, it is

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import sys
@@ -26,7 +27,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
+
+from declip_shards import DeclipError
 
 ENDED_EARLY = 75
 INTERRUPTED = 128 + signal.SIGINT
@@ -84,6 +87,35 @@ def group_members(group: int) -> list[int]:
         if int(fields[2]) == group and fields[0] not in "ZX":
             members.append(int(entry.parent.name))
     return members
+
+
+def hold_file(path: Path, give_up: Callable[[], bool] = lambda: False) -> BinaryIO:
+    """Open a file that one run at a time may have; the kernel's lock goes with this process.
+
+    A run that was asked to stop a moment ago may still be saving: it gets the time for that.
+
+    Args:
+        path: of the file; created, and what is in it stays.
+        give_up: asked all the while; true ends the waiting, without the lock.
+
+    Raises:
+        DeclipError: another run still has it after that.
+    """
+    file = path.open("ab")
+    deadline = time.monotonic() + GRACE_SECONDS + SAVING_SECONDS + 5
+    while not give_up():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise DeclipError(
+                    f"another training run is writing to {str(path.parent)!r}; wait for it or stop "
+                    "it."
+                ) from None
+            time.sleep(0.2)
+    return file
 
 
 def signal_group(group: int, number: int) -> None:

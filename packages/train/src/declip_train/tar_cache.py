@@ -81,14 +81,7 @@ def find_tar(url: str, sha256: str = "") -> TarSource:
                 "it back (shards of ours: rerun ingest)."
             ) from error
         return TarSource(url=path, size=state.st_size, version=_version(state), sha256=sha256)
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        info = fs.info(path)
-    except Exception as error:  # file systems raise what they like
-        raise DeclipError(
-            f"the tar {url!r} cannot be reached ({_words(error)}); correct its "
-            "address, or see that this machine can read it."
-        ) from error
+    info = _info(url)
     if info.get("size") is None:
         raise DeclipError(
             f"the server of {url!r} does not say how many bytes it has, so its samples cannot be "
@@ -96,6 +89,38 @@ def find_tar(url: str, sha256: str = "") -> TarSource:
         )
     tags = [f"{name}={info[name]}" for name in _TAGS if info.get(name)]
     return TarSource(url=url, size=int(info["size"]), version=" ".join(tags), sha256=sha256)
+
+
+def _info(url: str) -> dict[str, Any]:
+    """What a file system says of a remote tar; asked again where the network fails."""
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_SECONDS_BETWEEN_TRIES * 2**attempt)
+        try:
+            fs, path = fsspec.core.url_to_fs(url)
+            info: dict[str, Any] = fs.info(path)
+            return info
+        except Exception as error:  # file systems raise what they like
+            fault = error
+            if _is_missing(error):
+                break
+    raise DeclipError(
+        f"the tar {url!r} cannot be reached ({_words(fault)}); correct its "
+        "address, or see that this machine can read it."
+    ) from fault
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether there is no such file, as far as can be told: fsspec's HTTP says so of a server that
+    is busy, too, and of what happened only in the cause."""
+    cause = error.__cause__
+    if isinstance(error, ImportError | PermissionError | ValueError):
+        return True
+    return isinstance(error, FileNotFoundError) and (
+        cause is None
+        or isinstance(cause, FileNotFoundError)
+        or 400 <= getattr(cause, "status", 0) < 500
+    )
 
 
 def _words(error: Exception) -> str:
@@ -134,7 +159,7 @@ class TarFiles:
         pairs = zip(self.sources, self._remote, strict=True)
         self._total = sum(source.size for source, remote in pairs if remote)
         self._said = False
-        self._seen: dict[int, str] = {}
+        self._seen: set[int] = set()
 
     @property
     def paths(self) -> list[str]:
@@ -174,7 +199,10 @@ class TarFiles:
         if self._by_ranges(number):
             return self._ranges([(number, offset, size)])[0]
         try:
-            data = os.pread(self._open(number).number, size, offset)
+            # Held while it is read: another thread may crowd it out of the open ones, and then its
+            # descriptor would be closed, or another tar's.
+            file = self._open(number)
+            data = os.pread(file.number, size, offset)
         except DeclipError as error:
             return str(error)
         except OSError as error:
@@ -217,12 +245,16 @@ class TarFiles:
         """Ranges of remote tars, asked for together where the file system can."""
         answers: list[bytes | str] = [""] * len(places)
         by_system: dict[int, tuple[Any, list[int], list[str]]] = {}
+        # Of this call alone: what cannot be reached now may be there for the next batch.
+        faults: dict[int, str] = {}
         for place, (number, _, _) in enumerate(places):
-            if number not in self._seen:
-                self._seen[number] = changed_remote(self.sources[number])
-            if self._seen[number]:
-                answers[place] = self._seen[number]
+            fault = "" if number in self._seen else faults.get(number)
+            if fault is None:
+                fault = faults[number] = changed_remote(self.sources[number])
+            if fault:
+                answers[place] = fault
                 continue
+            self._seen.add(number)
             fs, path = fsspec.core.url_to_fs(self.sources[number].url)
             _, rows, paths = by_system.setdefault(id(fs), (fs, [], []))
             rows.append(place)
@@ -283,11 +315,12 @@ def fetch_tar(source: TarSource, base: Path, room: float) -> Path:
     path = folder / f"{name}.tar"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{int(name[:8], 16) % 64:02d}.lock").open("ab") as lock:
+        with (folder / f"{_lock_of(name):02d}.lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists() and path.stat().st_size == source.size:
                 os.utime(path)
                 return path
+            _remove_unfinished(folder, _lock_of(name))
             _make_room(folder, room - source.size)
             _download(source, path)
     except OSError as error:
@@ -296,6 +329,18 @@ def fetch_tar(source: TarSource, base: Path, room: float) -> Path:
             "room there, or set cache to another folder"
         ) from error
     return path
+
+
+def _lock_of(name: str) -> int:
+    """Which of the locks is a tar's, going by its name."""
+    return int(name[:8], 16) % 64
+
+
+def _remove_unfinished(folder: Path, lock: int) -> None:
+    """Remove what killed processes began to fetch under a lock: who holds it, fetches alone."""
+    for path in folder.glob(f"*.tar{TEMPORARY_MARK}*"):
+        if _lock_of(path.name) == lock:
+            path.unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, room: float) -> None:
