@@ -171,3 +171,19 @@ def test_batches_that_no_epoch_fills_are_refused(length, size):
 def test_parts_that_do_not_exist_are_refused(part):
     with pytest.raises(ValueError, match="there is no part"):
         BatchOrder(8, 4, permuted(8)).share(*part)
+
+
+def test_a_sample_that_comes_twice_in_a_pass_has_two_streams():
+    order = BatchOrder(8, 4, lambda epoch: np.array([0, 1, 2, 3] * 2), repeats=True)
+    names = [
+        name
+        for step in range(4)
+        for share in [order.share(step)]
+        for name in share.streams([f"k{i}" for i in share.indices])
+    ]
+    assert len(set(names[:8])) == 8, "each place of a pass has its own"
+    assert names[:8] == names[8:], "what tells passes apart is the pass"
+    parts = [order.share(1, rank, 2).streams(["a", "b"]) for rank in range(2)]
+    assert [part[0] for part in parts] == ["a@4", "a@6"], "whatever the ranks"
+    plain = BatchOrder(8, 4, lambda epoch: np.arange(8))
+    assert plain.share(0).streams(["a", "b", "c", "d"]) == ["a", "b", "c", "d"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from declip_train import batch_texts
+from declip_train.batch_order import BatchShare
 from declip_train.batch_texts import TextMaker
 from declip_train.loader_clock import PhaseClock
 from declip_train.samples import TrainingSamples
@@ -52,16 +53,19 @@ def test_the_cache_changes_no_text(changes, monkeypatch):
     for indices in (EVERYONE, EVERYONE[[7, 2]], EVERYONE[[0, 0, 4]]):
         epochs = np.sort(indices % 2)
         passes = range(2)
-        equal(cached.make(indices, epochs, passes), plain.make(indices, epochs, passes))
+        equal(
+            cached.make(BatchShare(indices, epochs), passes),
+            plain.make(BatchShare(indices, epochs), passes),
+        )
 
 
 def test_a_sample_reads_as_its_own_epoch_has_it():
     """Whatever else is in the batch, and whether it spans two epochs."""
     texts = maker(method="declip", neighbor_choice="sample")
     epochs = np.array([4] * 5 + [5] * 7)
-    whole, _ = texts.make(EVERYONE, epochs, range(4, 6))
+    whole, _ = texts.make(BatchShare(EVERYONE, epochs), range(4, 6))
     for epoch in (4, 5):
-        alone, _ = texts.make(EVERYONE, np.full(12, epoch), range(epoch, epoch + 1))
+        alone, _ = texts.make(BatchShare(EVERYONE, np.full(12, epoch)), range(epoch, epoch + 1))
         rows = epochs == epoch
         assert torch.equal(whole["mask_positions"][rows], alone["mask_positions"][rows])
         for name in ("neighbor_caption_ids", "has_neighbor"):
@@ -85,7 +89,7 @@ def test_neighbors_are_drawn_evenly_and_by_rank():
 
 def test_lengths_are_of_the_captions_before_words_are_hidden():
     texts = maker(method="declip")
-    found, lengths = texts.make(EVERYONE, np.zeros(12, np.int64), range(1))
+    found, lengths = texts.make(BatchShare(EVERYONE, np.zeros(12, np.int64)), range(1))
     for name in ("targets", "second_token_ids", "neighbor_token_ids"):
         own = lengths["token_ids" if name == "targets" else name]
         assert torch.equal(own, (found[name] != 0).sum(1)), name

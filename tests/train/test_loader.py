@@ -165,7 +165,9 @@ def test_views_are_drawn_by_the_methods_parameters(samples, method):
     assert len(batch.images) == len(expected)
     share = loader.order.share(4)
     assert set(share.epochs.tolist()) == {0, 1}
-    for row, (index, epoch) in enumerate(zip(*map(np.ndarray.tolist, share), strict=True)):
+    for row, (index, epoch) in enumerate(
+        zip(share.indices.tolist(), share.epochs.tolist(), strict=True)
+    ):
         key = samples.keys[index]
         image = augment.decode_image(samples.read_image(index), key)
         for number, name in enumerate(expected):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -32,6 +32,15 @@ class BatchShare(NamedTuple):
     """(n,): rows among the training samples."""
     epochs: NDArray[np.int64]
     """(n,): the pass over the data that each belongs to, from 0; ascending, at most two."""
+    places: NDArray[np.int64] | None = None
+    """(n,): where in its pass each stands; None where no pass has a sample twice."""
+
+    def streams(self, keys: Sequence[str]) -> list[str]:
+        """Names of the samples' random streams in their pass: their keys, and where a pass has one
+        of them twice also its place, so that it looks different each time."""
+        if self.places is None:
+            return list(keys)
+        return [f"{key}@{place}" for key, place in zip(keys, self.places.tolist(), strict=True)]
 
 
 def shuffled_samples(
@@ -61,20 +70,26 @@ class BatchOrder:
         batch_size: samples of a global batch; at most ``epoch_length``.
         draw: (epoch) -> (epoch_length,) rows of its samples in order; a pure function, called once
             for each epoch as a rule, from several threads.
+        repeats: whether an epoch may have a sample more than once.
 
     Raises:
         ValueError: the batch is empty or larger than an epoch.
     """
 
     def __init__(
-        self, epoch_length: int, batch_size: int, draw: Callable[[int], NDArray[np.int64]]
+        self,
+        epoch_length: int,
+        batch_size: int,
+        draw: Callable[[int], NDArray[np.int64]],
+        *,
+        repeats: bool = False,
     ) -> None:
         if not 1 <= batch_size <= epoch_length:
             raise ValueError(
                 f"a batch of {batch_size} samples cannot be cut from epochs of {epoch_length}."
             )
         self.epoch_length, self.batch_size = epoch_length, batch_size
-        self._draw = draw
+        self._draw, self._repeats = draw, repeats
         self._lock = threading.Lock()
         self._drawn: dict[int, Future[NDArray[np.integer]]] = {}
 
@@ -103,7 +118,7 @@ class BatchOrder:
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             own = epochs == epoch
             indices[own] = self._sequence(epoch)[places[own]]
-        return BatchShare(indices, epochs)
+        return BatchShare(indices, epochs, places if self._repeats else None)
 
     def prepare(self, step: int) -> None:
         """Begin to draw the next epoch's order where the one of ``step`` is near its end, and

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from declip_train.batch_order import BatchShare
 from declip_train.column_files import TextColumn, cache_base
 from declip_train.epoch_tables import EpochTables
 from declip_train.loader_clock import PhaseClock
@@ -131,19 +132,19 @@ class TextMaker:
         )
 
     def make(
-        self, indices: NDArray[np.int64], epochs: NDArray[np.int64], passes: Sequence[int]
+        self, share: BatchShare, passes: Sequence[int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Texts of some samples. Neighbor tables are read epoch by epoch: batches come in order.
 
         Args:
-            indices: (n,) rows among the samples.
-            epochs: (n,) the pass over the data that each belongs to, ascending.
+            share: the samples, and the pass over the data that each belongs to.
             passes: all passes that the global batch holds samples of, ascending.
 
         Returns:
             Fields of ``Batch`` by name, and its ``lengths``.
         """
-        method, keys = self.settings.method_parts, self.samples.keys_of(indices)
+        method, indices, epochs = self.settings.method_parts, share.indices, share.epochs
+        keys = share.streams(self.samples.keys_of(indices))
         texts: dict[str, Tensor] = {}
         with self.clock.phase("tokens"):
             if method.has("masked_language_modeling"):

@@ -131,6 +131,7 @@ class BatchLoader:
             samples.epoch_length,
             settings.global_batch_size,
             lambda epoch: samples.epoch_sequence(settings.seed, epoch),
+            repeats=any(weight > 1 for weight in samples.weights),
         )
         self.steps_per_epoch = samples.epoch_length / settings.global_batch_size
         self.local_batch_size = settings.global_batch_size // world_size
@@ -195,7 +196,7 @@ class BatchLoader:
         def finish() -> Batch:
             pictures = views()
             indices, passes = pictures.indices, self.epochs_of(step)
-            texts, lengths = self.texts.make(indices, share.epochs, passes)
+            texts, lengths = self.texts.make(share._replace(indices=indices), passes)
             return Batch(
                 step=step,
                 epoch=passes[0],

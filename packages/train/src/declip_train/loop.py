@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch.distributed as dist
 
 import declip_train
+from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
 from declip_shards.store import Store, atomic_write
 from declip_train.checkpoint import Checkpoints, file_digest, tag_of
@@ -22,7 +23,7 @@ from declip_train.engine import StepRecord, TrainEngine
 from declip_train.epoch_tables import EpochTables
 from declip_train.export import Scalar
 from declip_train.failed_samples import PATH as FAILED_SAMPLES
-from declip_train.failed_samples import failure_lines
+from declip_train.failed_samples import FailedSample, failure_lines
 from declip_train.heart import Heart
 from declip_train.hf_clip import HFTextCLIP, text_model_digest
 from declip_train.loader import Batch, BatchLoader
@@ -174,25 +175,57 @@ def train(
     step = run.checkpoints.restore(engine.deepspeed)
     if run.tables is not None:
         run.tables.start(loader.epochs_of(step)[0], run.checkpoints.restored)
-    monitor = None
-    if dist.get_rank() == 0:
-        monitor = Monitor(
-            run.folder,
-            num_steps=num_steps,
-            start_step=step,
-            every=settings.log_every_steps,
-            show=show_progress,
-            settings=settings,
-            run=run_name(run.identity),
-            meters=Meters.of_run(
-                settings,
-                num_steps=num_steps,
-                device=engine.device,
-                phases=engine.phases,
-                clock=loader.clock,
-                loader_threads=loader.num_threads,
-            ),
-        )
+    monitor = open_monitor(run, step, show_progress) if dist.get_rank() == 0 else None
+    try:
+        step = take_steps(run, step, stop, heart, monitor, evaluation)
+    except DeclipError:
+        # Those since the last gathering: they may be why it ends.
+        note_failures(run, loader.take_failures())
+        raise
+    heart.beat(step, "save")
+    run.checkpoints.finish()
+    heart.beat(step, "export")
+    if monitor is not None:
+        monitor.close()
+    if dist.get_rank() == 0 and step == num_steps:
+        run.checkpoints.prune(1)
+        export(settings, engine, run, step)
+    dist.barrier()
+    return step == num_steps
+
+
+def open_monitor(run: Run, step: int, show_progress: bool) -> Monitor:
+    """The records of a run that goes on after ``step`` steps."""
+    settings = run.loader.settings
+    return Monitor(
+        run.folder,
+        num_steps=run.loader.num_steps,
+        start_step=step,
+        every=settings.log_every_steps,
+        show=show_progress,
+        settings=settings,
+        run=run_name(run.identity),
+        meters=Meters.of_run(
+            settings,
+            num_steps=run.loader.num_steps,
+            device=run.engine.device,
+            phases=run.engine.phases,
+            clock=run.loader.clock,
+            loader_threads=run.loader.num_threads,
+        ),
+    )
+
+
+def take_steps(
+    run: Run,
+    step: int,
+    stop: StopSwitch,
+    heart: Heart,
+    monitor: Monitor | None,
+    evaluation: OnlineEvaluation | None,
+) -> int:
+    """Train from ``step`` to the end, or until somebody asks to stop; returns the steps done."""
+    loader, engine, settings = run.loader, run.engine, run.loader.settings
     saved_at = time.monotonic()
     heart.beat(step, "wait")
     for batch in engine.phases.watched(loader.batches(step, engine.device)):
@@ -202,6 +235,7 @@ def train(
         late = 0 < settings.checkpoint_every_seconds <= time.monotonic() - saved_at
         record = engine.train_step(batch, stop_asked=stop.is_on, save_asked=late)
         step += 1
+        is_last = step == loader.num_steps
         run.checkpoints.poll()
         accuracy: dict[str, float] = {}
         if evaluation is not None and evaluation.is_due(step):
@@ -217,34 +251,40 @@ def train(
                 text_length=float(batch.lengths["token_ids"].float().mean()),
                 always=bool(accuracy),
             )
-        if step % settings.log_every_steps == 0 or step == num_steps:
+        if is_last or step % settings.log_every_steps == 0:
             gather_failures(run)
         every = settings.checkpoint_every_steps
         due = every is not None and step % every == 0
-        if due or record.save_asked or record.stop_asked or step == num_steps:
+        if due or record.save_asked or record.stop_asked or is_last:
             heart.beat(step, "save")
-            engine.require_finite_weights(step)
-            more = (
-                run.tables.state(loader.epochs_of(batch.step)[-1])
-                if run.tables is not None
-                else None
-            )
-            with engine.phases.phase("save"):
-                run.checkpoints.save(engine.deepspeed, step, more)
+            save(run, batch, step)
             saved_at = time.monotonic()
         if record.stop_asked:
             break
         heart.beat(step, "wait")
-    heart.beat(step, "save")
-    run.checkpoints.finish()
-    heart.beat(step, "export")
-    if monitor is not None:
-        monitor.close()
-    if dist.get_rank() == 0 and step == num_steps:
-        run.checkpoints.prune(1)
-        export(settings, engine, run, step)
-    dist.barrier()
-    return step == num_steps
+    return step
+
+
+def save(run: Run, batch: Batch, step: int) -> None:
+    """Write a checkpoint after ``step`` steps, the last of them with ``batch``; a collective
+    operation.
+
+    Raises:
+        DeclipError: a weight is not finite, or some process cannot write.
+    """
+    run.engine.require_finite_weights(step)
+    more = None
+    if run.tables is not None:
+        more = run.tables.state(run.loader.epochs_of(batch.step)[-1])
+    with run.engine.phases.phase("save"):
+        run.checkpoints.save(run.engine.deepspeed, step, more)
+
+
+def note_failures(run: Run, failures: list[FailedSample]) -> None:
+    """Add samples to the list of those that failed."""
+    if failures:
+        with (run.folder / Path(FAILED_SAMPLES).name).open("ab") as file:
+            file.write(failure_lines(failures))
 
 
 def gather_failures(run: Run) -> None:
@@ -260,9 +300,8 @@ def gather_failures(run: Run) -> None:
         everyone = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)
     failures = [failure for some in everyone for failure in some]
-    if failures and dist.get_rank() == 0:
-        with (run.folder / Path(FAILED_SAMPLES).name).open("ab") as file:
-            file.write(failure_lines(failures))
+    if dist.get_rank() == 0:
+        note_failures(run, failures)
     run.loader.count_failures(failures)
 
 

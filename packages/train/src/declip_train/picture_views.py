@@ -148,7 +148,8 @@ class ViewMaker:
             tasks=[],
         )
         with self.clock.phase("augment"):
-            job.draws = [self._draw(job.keys, job.epochs, view) for view in range(len(self.views))]
+            streams = share.streams(job.keys)
+            job.draws = [self._draw(streams, job.epochs, view) for view in range(len(self.views))]
         step = max(1, min(_ROWS_PER_TASK, -(-number // (2 * self.num_threads))))
         parts = [np.arange(first, min(first + step, number)) for first in range(0, number, step)]
         if self.num_threads == 1:
