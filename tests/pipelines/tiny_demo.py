@@ -114,7 +114,7 @@ def run_tiny(
         env=environment(mark),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
