@@ -81,5 +81,7 @@ def test_a_folder_without_a_dataset_is_told(tmp_path, capsys):
 
 
 def test_another_subject_is_refused(capsys):
+    assert main(["doctor", "trian", "--out", "x"]) == 1
+    assert "WHAT is 'trian'. Did you mean 'train'? Known: ingest, train." in capsys.readouterr().err
     assert main(["doctor", "train", "--out", "x"]) == 1
-    assert "WHAT is 'train'. Known: ingest." in capsys.readouterr().err
+    assert "holds no log of a training" in capsys.readouterr().err

@@ -45,5 +45,7 @@ def run_processes(worker: Callable[..., None], processes: int, *arguments: str) 
 def _enter(process: int, worker: Callable[..., None], processes: int, *arguments: str) -> None:
     # A forked process has the server's environment, and not that of the test.
     os.environ.update(ENVIRONMENT)
+    # DeepSpeed's launcher would say so, and DeepSpeed asks for it.
+    os.environ["LOCAL_RANK"] = str(process)
     torch.set_num_threads(1)
     worker(process, processes, *arguments)

@@ -95,7 +95,9 @@ def copy_of_data(straight: Path, name: str) -> Path:
 def test_five_kills_change_no_bit(straight: Path) -> None:
     root = copy_of_data(straight, "killed")
     draw = random.Random(6)
-    settings = dataclasses.replace(SETTINGS, async_save=True, checkpoint_every_steps=4)
+    settings = dataclasses.replace(
+        SETTINGS, async_save=True, checkpoint_every_steps=4, keep_every_steps=None
+    )
     for step in sorted(draw.sample(range(6, STEPS), 5)):
         with pytest.raises(ProcessExitedException, match="SIGKILL"):
             run(root, settings, kill=(step, 0))
