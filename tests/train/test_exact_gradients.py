@@ -101,8 +101,8 @@ def test_a_loss_gone_wrong_on_one_process_stops_all_of_them(refusals: dict[int, 
         assert len(refusals[processes]) == processes
         (sentence,) = set(refusals[processes])
         assert sentence.startswith(
-            "the loss term 'contrastive' became nan at step 5 on process 1: the features of its "
-            "samples 'row "
+            f"the loss term 'contrastive' became nan at step 5 on process {processes - 1}: the "
+            "features of its samples 'row "
         )
         assert "are not finite; lower peak_lr or raise warmup_steps" in sentence
 
