@@ -27,6 +27,7 @@ PROBES = {
 """Address's scheme -> a call that changes nothing and that a head with a token refuses without."""
 OUR_PACKAGES = (
     "declip_shards",
+    "declip_pixels",
     "declip_ingest",
     "declip_filter",
     "declip_train",
