@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip_train.__main__ import keep_freed_memory
+from declip_shards.allocator import keep_freed_memory
 from declip_train.loader import BatchLoader
 from declip_train.samples import training_samples
 from declip_train.settings import TrainSettings

@@ -29,6 +29,7 @@ from declip_filter.knn_space import (
     sort_rows,
 )
 from declip_shards import DeclipError
+from declip_shards.allocator import kept_memory
 
 __all__ = ["ArrayVectors", "Graph", "Matrix", "Rows", "approximate_graph", "exact_neighbors"]
 
@@ -130,6 +131,24 @@ def approximate_graph(
         everyone = np.arange(vectors.num_rows, dtype=np.int64)
         return exact_neighbors(vectors, everyone, k, groups=groups)
     numbered = None if groups is None else number_groups(groups).astype(np.int32)
+    # The same large buffers are needed in every step.
+    with kept_memory():
+        return _find_graph(
+            vectors, k, recall_target, seed, num_threads, max_memory_gib, numbered, scan_dtype
+        )
+
+
+def _find_graph(
+    vectors: Matrix,
+    k: int,
+    recall_target: float,
+    seed: int,
+    num_threads: int,
+    max_memory_gib: float,
+    numbered: npt.NDArray[np.int32] | None,
+    scan_dtype: torch.dtype | None,
+) -> Graph:
+    """What :func:`approximate_graph` does, its arguments checked."""
     with one_thread():
         sample = _sample(vectors, k, seed, numbered)
         space, projected, width = _choose_space(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import ctypes
 import dataclasses
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from declip_shards import DeclipError
+from declip_shards.allocator import keep_freed_memory
 from declip_shards.store import Store
 from declip_train.heart import BOARD_VARIABLE, join_board
 from declip_train.launch import Place, launch, prepare_environment
@@ -25,7 +25,6 @@ from declip_train.settings import TrainSettings, read_settings
 from declip_train.stalls import RankWatch
 from declip_train.supervision import INTERRUPTED, STOPPED, StopSwitch
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _STATUSES = """exit status:
   0    complete
   1    it cannot go on; the sentence says why
@@ -68,19 +67,6 @@ def _parser() -> argparse.ArgumentParser:
         "--master", metavar="ADDRESS:PORT", help="where machine 0 listens, as others reach it"
     )
     return parser
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what it frees: a step takes and gives back the same large blocks, and
-    fresh ones cost a page fault for every 4 kB (7 % of a small model's step on CPUs).
-
-    Only glibc has these settings; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        library.mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def _train_here(settings: TrainSettings, quiet: bool) -> int:
