@@ -1,4 +1,4 @@
-"""Pictures a second and core, from JPEG bytes to random crops of 224 pixels in a batch of bytes.
+"""Pictures a second and core, from JPEG bytes to views of 224 pixels in a batch of bytes.
 
     python benchmarks/decoding_views.py FOLDER [--count 96] [--rounds 5] [--sets NAME ...]
         [--json FILE]
@@ -12,8 +12,9 @@ turn on the same pictures, boxes and flips, all on one thread:
   fewer taps, not the same pixels.
 
 Crops as RandomResizedCrop draws them, of a share of the area from 0.9 (open_clip) or 0.08 (SLIP,
-Inception) to 1. Processor time of this process, user and system, by getrusage; the least of some
-rounds, batches of 32.
+Inception) to 1; then evaluation's view, the shorter side resized and the middle cut out, which
+Pillow's way makes as open_clip does. Processor time of this process, user and system, by getrusage;
+the least of some rounds, batches of 32.
 """
 
 import argparse
@@ -29,7 +30,9 @@ import numpy as np
 from PIL import Image
 
 import loader_pictures
-from declip_pixels import decode_views, image_sizes
+from declip_pixels import decode_center_views, decode_views, image_sizes
+from declip_pixels.decoding import Decoder
+from declip_pixels.resampling import center_window
 
 SIZE = 224
 BATCH = 32
@@ -76,6 +79,43 @@ def by_opencv(data: list[bytes], boxes: np.ndarray, flips: np.ndarray, out: np.n
             cut = image[top : top + height, left : left + width]
             cut = cv2.resize(cut, (SIZE, SIZE), interpolation=method)
             out[view, index] = cut[:, ::-1] if flips[view, index] else cut
+
+
+def centers(way: Decoder | Literal["pillow"], data: list[bytes], out: np.ndarray) -> None:
+    """Evaluation's views, one way."""
+    if way != "pillow":
+        failures = decode_center_views(data, SIZE, out, decoder=way)
+        assert not any(failures), failures
+        return
+    for index, item in enumerate(data):
+        image = Image.open(io.BytesIO(item)).convert("RGB")
+        window = center_window(image.height, image.width, SIZE)
+        whole = image.resize((window.width, window.height), Image.Resampling.BICUBIC)
+        box = (window.left, window.top, window.left + SIZE, window.top + SIZE)
+        out[index] = np.asarray(whole.crop(box))
+
+
+def measure_centers(data: list[bytes], rounds: int) -> dict[str, object]:
+    """Pictures a second of evaluation's view, and how far it is from Pillow's."""
+    made: dict[str, np.ndarray] = {}
+    best: dict[str, float] = {}
+    ways: tuple[Decoder | Literal["pillow"], ...] = ("native", "python", "pillow")
+    for number in range(rounds):
+        for way in ways:
+            if way == "python" and number:
+                continue
+            out = made.setdefault(way, np.empty((len(data), SIZE, SIZE, 3), np.uint8))
+            began = processor_seconds()
+            centers(way, data, out)
+            best[way] = min(best.get(way, math.inf), processor_seconds() - began)
+    apart = np.abs(made["native"].astype(np.int16) - made["pillow"])
+    return {
+        "view": "center",
+        **{way: round(len(data) / seconds) for way, seconds in best.items()},
+        "equal": np.array_equal(made["native"], made["python"]),
+        "most_from_pillow": int(apart.max()),
+        "share_from_pillow": round(float((apart > 0).mean()), 4),
+    }
 
 
 def make(
@@ -162,7 +202,7 @@ def main() -> None:
                 break
         data = data[: options.count]
         kilobytes = round(sum(map(len, data)) / len(data) / 1000)
-        rows = measure(data, options.rounds)
+        rows = [*measure(data, options.rounds), measure_centers(data, options.rounds)]
         results[name] = {"pictures": len(data), "kilobytes": kilobytes, "rows": rows}
         print(f"{name}: {len(data)} pictures of {kilobytes} KB; pictures a second and core")
         for row in rows:

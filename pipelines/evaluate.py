@@ -4,6 +4,8 @@ torch and scikit-learn are imported where the work begins: the command line buil
 print a help line or to find that nothing has changed, and should not wait seconds for them.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from declip_eval.intervals import metric_intervals
-from declip_eval.linear_probe import CLIP_L2_STRENGTHS, linear_probe
+from declip_eval.bootstrap import LEVEL, NUM_RESAMPLES, bootstrap_intervals
+from declip_eval.linear_probe import CLIP_L2_STRENGTHS, fit_probe
+from declip_eval.outcomes import Outcomes, outcomes_path, write_outcomes
 from declip_eval.results import EvalResult, Provenance, format_results_table, write_result
 from declip_eval.retrieval import chance_retrieval, group_captions
+from declip_eval.score_outcomes import classification_outcomes
 from declip_eval.templates import get_templates
 from declip_eval.zeroshot import chance_classification
 from declip_filter.embeddings import EmbedPairs, read_part, read_vectors
@@ -135,23 +139,25 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
     data = read_held_out(store, None if by_tokens else stage.embeddings)
     refuse_trained_on(stage, store, data)
     scoring = make_scoring(stage, store, data, encoder)
-    results: list[EvalResult] = []
+    found: list[tuple[EvalResult, Outcomes]] = []
     predictions: list[dict[str, Any]] = []
     retrieved: list[dict[str, Any]] = []
     for split in stage.zeroshot_splits:
-        result, rows = zeroshot_task(stage, data, scoring, split)
-        results.append(result)
+        result, outcomes, rows = zeroshot_task(stage, data, scoring, split)
+        found.append((result, outcomes))
         predictions += rows
-    results.append(probe_task(stage, store, data, encoder))
+    found.append(probe_task(stage, store, data, encoder))
     for split in stage.retrieval_splits:
-        result, rows = retrieval_task(stage, data, scoring, split)
-        results.append(result)
+        result, outcomes, rows = retrieval_task(stage, data, scoring, split)
+        found.append((result, outcomes))
         retrieved += rows
+    results = [result for result, _ in found]
     folder = store.local_path("eval")
     folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        path = write_result(with_identity(result, store, encoder), folder)
+    for result, outcomes in found:
+        path = write_result(with_identity(stage, result, outcomes, store, encoder), folder)
         files.append(f"eval/{path.name}")
+        files.append(f"eval/{write_outcomes(outcomes, outcomes_path(path)).name}")
     for name, rows in (("predictions", predictions), ("retrieval", retrieved)):
         files.append(f"eval/{name}.parquet")
         sidecars.write_table(store, files[-1], pa.Table.from_pylist(rows))
@@ -173,7 +179,7 @@ def make_scoring(
 ) -> Scoring:
     """By global embeddings where the data has them, else token by token."""
     if data.images is not None:
-        return GlobalScoring(encoder, data.images)
+        return GlobalScoring(encoder, data.images, data.keys)
     return TokenwiseScoring(encoder, store, data.keys, data.shards, stage.batch_size)
 
 
@@ -288,14 +294,14 @@ def _split_rows(data: HeldOut, split: str) -> npt.NDArray[np.int64]:
 
 def zeroshot_task(
     stage: EvaluateModel, data: HeldOut, scoring: Scoring, split: str
-) -> tuple[EvalResult, list[dict[str, Any]]]:
+) -> tuple[EvalResult, Outcomes, list[dict[str, Any]]]:
     """Classify a split's images among the split's own labels."""
     rows = [i for i in _split_rows(data, split) if data.labels[i]]
     classes = _sample(sorted({data.labels[i] for i in rows}), stage.max_classes, stage.seed)
     index_of = {name: index for index, name in enumerate(classes)}
     rows = [i for i in rows if data.labels[i] in index_of]
     labels = np.array([index_of[data.labels[i]] for i in rows])
-    metrics, best, scores = scoring.classify(
+    metrics, best, scores, outcomes = scoring.classify(
         rows, labels, classes, get_templates(stage.templates), min(TOP_K, len(classes))
     )
     predictions = [
@@ -320,22 +326,21 @@ def zeroshot_task(
             num_samples=len(rows),
             num_classes=len(classes),
             chance=chance,
-            intervals=metric_intervals(metrics, len(rows)),
             templates=stage.templates,
             settings={"seed": stage.seed, "scoring": scoring.name},
         ),
     )
-    return result, predictions
+    return result, outcomes, predictions
 
 
 def retrieval_task(
     stage: EvaluateModel, data: HeldOut, scoring: Scoring, split: str
-) -> tuple[EvalResult, list[dict[str, Any]]]:
+) -> tuple[EvalResult, Outcomes, list[dict[str, Any]]]:
     """Find a split's images by their captions, and the captions by the images."""
     rows = _sample(list(_split_rows(data, split)), stage.max_retrieval_samples, stage.seed)
     texts, positives = group_captions([data.captions[i] for i in rows])
     recall_k = [k for k in (1, 5, 10) if k <= min(len(texts), len(rows))]
-    metrics, best, scores = scoring.retrieve(
+    metrics, best, scores, outcomes = scoring.retrieve(
         rows, texts, positives, recall_k, min(TOP_K, len(rows))
     )
     trials = {name: len(texts) if name.startswith("image") else len(rows) for name in metrics}
@@ -359,7 +364,6 @@ def retrieval_task(
             num_samples=len(rows),
             num_trials=trials,
             chance=chance_retrieval(positives, len(texts), recall_k=recall_k),
-            intervals=metric_intervals(metrics, trials),
             settings={
                 "seed": stage.seed,
                 "num_captions": len(texts),
@@ -367,12 +371,12 @@ def retrieval_task(
             },
         ),
     )
-    return result, answers
+    return result, outcomes, answers
 
 
 def probe_task(
     stage: EvaluateModel, store: Store, data: HeldOut, encoder: "CheckpointEncoder"
-) -> EvalResult:
+) -> tuple[EvalResult, Outcomes]:
     """Fit categories on frozen features of the training splits, test on another vendor's."""
     train = [i for i in data.rows(stage.probe_train_splits) if data.categories[i]]
     test = [i for i in _split_rows(data, stage.probe_test_split) if data.categories[i]]
@@ -386,26 +390,26 @@ def probe_task(
     chosen = [i for i in (*train, *test) if data.categories[i] in index_of]
     features = frozen_features(stage, store, encoder, {data.keys[i] for i in chosen})
     test_rows = set(test)
-    parts: dict[bool, tuple[list[npt.NDArray[np.float32]], list[int]]] = {
-        True: ([], []),
-        False: ([], []),
-    }
-    for i in chosen:
-        vectors, labels = parts[i in test_rows]
-        vectors.append(features[data.keys[i]])
-        labels.append(index_of[data.categories[i]])
-    fitted = linear_probe(
-        np.stack(parts[False][0]),
-        np.array(parts[False][1]),
-        np.stack(parts[True][0]),
-        np.array(parts[True][1]),
+    of_test = [i for i in chosen if i in test_rows]
+    of_train = [i for i in chosen if i not in test_rows]
+    labels = {i: index_of[data.categories[i]] for i in chosen}
+    test_labels = np.array([labels[i] for i in of_test])
+    probe = fit_probe(
+        np.stack([features[data.keys[i]] for i in of_train]),
+        np.array([labels[i] for i in of_train]),
+        np.stack([features[data.keys[i]] for i in of_test]),
+        test_labels,
         seed=stage.seed,
         l2_strengths=stage.probe_l2_strengths,
     )
+    fitted, num_test = probe.metrics, len(of_test)
+    # Scores of a regression have no natural scale, so only exact equality is a tie.
+    outcomes = classification_outcomes(
+        [data.keys[i] for i in of_test], probe.scores, test_labels, tolerance=0.0
+    )
     metrics = {k: v for k, v in fitted.items() if k.startswith("lp_")}
-    num_test = len(parts[True][1])
     chance = {"lp_" + k: v for k, v in chance_classification(len(names)).items()}
-    return EvalResult(
+    result = EvalResult(
         dataset=f"{stage.dataset}/{stage.probe_test_split}",
         model=stage.model,
         pretrained=stage.pretrained,
@@ -415,15 +419,15 @@ def probe_task(
             num_samples=num_test,
             num_classes=len(names),
             chance={k: v for k, v in chance.items() if k in metrics},
-            intervals=metric_intervals(metrics, num_test),
             settings={k: v for k, v in fitted.items() if not k.startswith("lp_")}
             | {
                 "seed": stage.seed,
-                "num_train": len(parts[False][1]),
+                "num_train": len(of_train),
                 "features": encoder.probe_features,
             },
         ),
     )
+    return result, outcomes
 
 
 def frozen_features(
@@ -441,14 +445,18 @@ def frozen_features(
     return features
 
 
-def with_identity(result: EvalResult, store: Store, encoder: "CheckpointEncoder") -> EvalResult:
-    """Add what was read and by which versions, so that a number can be had again."""
+def with_identity(
+    stage: EvaluateModel,
+    result: EvalResult,
+    outcomes: Outcomes,
+    store: Store,
+    encoder: "CheckpointEncoder",
+) -> EvalResult:
+    """Add what was read and by which versions, so that a number can be had again, and how far it
+    may be from the truth."""
     import dataclasses
 
-    import sklearn
-    import torch
-
-    from pipelines import __version__
+    from pipelines.eval_records import versions
 
     assert result.provenance is not None
     hashes = {"weights": encoder.digest}
@@ -457,11 +465,20 @@ def with_identity(result: EvalResult, store: Store, encoder: "CheckpointEncoder"
         for step in ("ingest", "train")
         if (digest := manifest.manifest_digest(store, step)) is not None
     }
-    versions = {
-        "opendeclip": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
-    provenance = dataclasses.replace(result.provenance, hashes=hashes, versions=versions)
+    provenance = dataclasses.replace(
+        result.provenance,
+        hashes=hashes,
+        versions=versions(),
+        intervals=bootstrap_intervals(outcomes, result.metrics, seed=stage.seed),
+        bootstrap={"seed": stage.seed, "num_resamples": NUM_RESAMPLES, "level": LEVEL},
+        data=data_record(outcomes, result.dataset.rpartition("/")[2]),
+    )
     return dataclasses.replace(result, provenance=provenance)
+
+
+def data_record(outcomes: Outcomes, split: str) -> dict[str, Any]:
+    """What was evaluated on: samples by key, and their labels."""
+    labels = outcomes.columns.get("label")
+    content = [list(outcomes.keys), None if labels is None else labels.tolist()]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"digest": digest, "layout": "shards", "split": split}

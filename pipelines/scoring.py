@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from declip_eval.outcomes import Outcomes
 from declip_eval.ranking import top_matches, top_scores
 from declip_eval.retrieval import retrieval, retrieval_from_scores
+from declip_eval.score_outcomes import (
+    classification_outcomes,
+    classification_outcomes_of_features,
+    retrieval_outcomes,
+    retrieval_outcomes_of_scores,
+)
 from declip_eval.zeroshot import (
     build_classifier,
     prompt_ensemble_scores,
@@ -42,6 +49,8 @@ class Answers(NamedTuple):
     """(num_queries, k): candidates, best first."""
     scores: npt.NDArray[np.float64]
     """(num_queries, k): their similarities."""
+    outcomes: Outcomes
+    """Each query's answer by itself; images go by their keys, texts by themselves."""
 
 
 class Scoring(Protocol):
@@ -79,12 +88,15 @@ class GlobalScoring:
     Args:
         encoder: of the texts.
         images: (num_rows, dim), features of all rows.
+        keys: sample key of every row.
     """
 
     name = "global"
 
-    def __init__(self, encoder: "CheckpointEncoder", images: npt.NDArray[np.float32]) -> None:
-        self._encoder, self._images = encoder, images
+    def __init__(
+        self, encoder: "CheckpointEncoder", images: npt.NDArray[np.float32], keys: Sequence[str]
+    ) -> None:
+        self._encoder, self._images, self._keys = encoder, images, keys
 
     def classify(
         self,
@@ -98,7 +110,9 @@ class GlobalScoring:
         images = self._images[rows]
         classifier = build_classifier(self._encoder.encode_text, classes, templates)
         metrics, _ = zeroshot_classification(images, classifier, labels)
-        return Answers(metrics, *top_matches(images, classifier.T, top_k))
+        keys = [self._keys[row] for row in rows]
+        outcomes = classification_outcomes_of_features(keys, images, classifier, labels)
+        return Answers(metrics, *top_matches(images, classifier.T, top_k), outcomes)
 
     def retrieve(
         self,
@@ -111,7 +125,9 @@ class GlobalScoring:
         """See `Scoring`."""
         images, text_features = self._images[rows], self._encoder.encode_text(texts)
         metrics = retrieval(images, text_features, positives, recall_k=recall_k)
-        return Answers(metrics, *top_matches(text_features, images, top_k))
+        keys = [self._keys[row] for row in rows]
+        outcomes = retrieval_outcomes(keys, texts, images, text_features, positives)
+        return Answers(metrics, *top_matches(text_features, images, top_k), outcomes)
 
 
 class TokenwiseScoring:
@@ -161,7 +177,8 @@ class TokenwiseScoring:
                 score, classes, templates, batch_size=TEXTS_AT_ONCE
             )
         metrics, _ = zeroshot_from_scores(scores, labels)
-        return Answers(metrics, *top_scores(scores, top_k))
+        outcomes = classification_outcomes([self._keys[row] for row in rows], scores, labels)
+        return Answers(metrics, *top_scores(scores, top_k), outcomes)
 
     def retrieve(
         self,
@@ -181,7 +198,10 @@ class TokenwiseScoring:
                 image_to_text[places, some] = to_text
                 text_to_image[some, places] = to_image
         metrics = retrieval_from_scores(image_to_text, text_to_image, positives, recall_k=recall_k)
-        return Answers(metrics, *top_scores(text_to_image, top_k))
+        outcomes = retrieval_outcomes_of_scores(
+            [self._keys[row] for row in rows], texts, image_to_text, text_to_image, positives
+        )
+        return Answers(metrics, *top_scores(text_to_image, top_k), outcomes)
 
     def _groups(self, rows: Sequence[int]) -> Iterator[tuple[npt.NDArray[np.int64], "Tensor"]]:
         """Yield places in rows and the token features (n, num_patches, token_dim) of those images,

@@ -9,10 +9,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from declip_pixels import decode_pictures, decode_views, image_sizes, resize_views
+from declip_pixels import (
+    decode_center_views,
+    decode_pictures,
+    decode_views,
+    image_sizes,
+    resize_views,
+    views_to_planes,
+)
 from declip_pixels.compiled import CompiledPart, compiled_part
 from declip_pixels.decoding import Decoder
-from declip_pixels.resampling import resize
+from declip_pixels.resampling import resize, resize_center
 from declip_shards import DeclipError
 
 ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 22)  # Pillow's room for what it encodes
@@ -66,6 +73,27 @@ def views_of(
     return out, failures
 
 
+def centers_of(
+    data: list[bytes], decoder: Decoder, size: int = SIZE, num_threads: int = 1
+) -> tuple[NDArray[np.uint8], list[str | None]]:
+    """Evaluation's views, and failures."""
+    out = np.full((len(data), size, size, 3), 77, np.uint8)
+    return out, decode_center_views(data, size, out, num_threads=num_threads, decoder=decoder)
+
+
+def assert_equal_centers(data: list[bytes]) -> list[str | None]:
+    """Both ways, with and without vectors; returns the failures."""
+    native = compiled_part()
+    assert isinstance(native, CompiledPart), native
+    (one, one_failed), (two, two_failed) = (centers_of(data, way) for way in WAYS)
+    assert one_failed == two_failed
+    assert np.array_equal(one, two)
+    plain = np.zeros_like(one)
+    done = native.center_views(data, plain, 1, vectors=False)
+    assert np.array_equal(plain[done], two[done])
+    return one_failed
+
+
 def assert_equal_ways(data: list[bytes], seed: int = 0) -> int:
     """Both ways, with and without vectors; returns how many pictures could be read."""
     native = compiled_part()
@@ -83,6 +111,8 @@ def assert_equal_ways(data: list[bytes], seed: int = 0) -> int:
     for whole, other in zip(*(decode_pictures(data, decoder=way) for way in WAYS), strict=True):
         assert type(whole) is type(other)
         assert np.array_equal(whole, other)
+    # What cannot be decoded has no view of any kind, and for the same reason.
+    assert assert_equal_centers(data) == one_failed
     return sum(failure is None for failure in one_failed)
 
 
@@ -202,6 +232,89 @@ def test_rows_stand_beside_failed_ones_which_are_black(decoder: Decoder) -> None
 
 
 @pytest.mark.parametrize("decoder", WAYS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_a_center_view_is_the_middle_of_the_whole_picture(decoder: Decoder, size: int) -> None:
+    data = [
+        jpeg(smooth(120, 160)),
+        jpeg(smooth(161, 90), progressive=True),
+        jpeg(noise(40, 30), "L", subsampling=0),
+        jpeg(noise(3, 250)),
+    ]
+    out, failures = centers_of(data, decoder, size)
+    assert failures == [None] * 4
+    for item, view in zip(data, out, strict=True):
+        whole = np.asarray(Image.open(io.BytesIO(item)).convert("RGB"))
+        assert np.array_equal(view, resize_center(whole, size))
+
+
+@pytest.mark.parametrize("decoder", WAYS)
+def test_center_views_do_not_turn_pictures(decoder: Decoder) -> None:
+    data = [jpeg(smooth(50, 80), exif=with_orientation(turn)) for turn in range(1, 9)]
+    out, failures = centers_of(data, decoder)
+    assert failures == [None] * 8
+    assert (out == out[0]).all()
+
+
+@pytest.mark.parametrize("decoder", WAYS)
+def test_center_views_stand_beside_failed_ones_which_are_black(decoder: Decoder) -> None:
+    good = [jpeg(smooth(50, 60)), jpeg(noise(30, 30)), jpeg(noise(9, 70))]
+    alone, _ = centers_of(good, decoder)
+    mixed = [good[0], b"junk", good[0][:-40], good[1], b"", good[2]]
+    for threads in (1, 3):
+        out, failures = centers_of(mixed, decoder, num_threads=threads)
+        assert failures == [
+            None,
+            "it is no picture, or one cut off in its header",
+            "its file is cut off",
+            None,
+            "its file is empty",
+            None,
+        ]
+        assert np.array_equal(out[[0, 3, 5]], alone)
+        assert (out[[1, 2, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("decoder", WAYS)
+def test_planes_are_looked_up(decoder: Decoder) -> None:
+    generator = np.random.default_rng(0)
+    views = generator.integers(0, 256, (3, 6, 5, 3), np.uint8)
+    tables = generator.standard_normal((3, 256)).astype(np.float32)
+    tables[1, 7], tables[2, 9], tables[0, 3] = np.nan, -0.0, np.inf
+    out = np.full((4, 3, 6, 5), 5, np.float32)
+    sources, targets = np.array([2, 0, 2]), np.array([3, 1, 0])
+    views_to_planes(views, tables, out, sources=sources, targets=targets, decoder=decoder)
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        for channel in range(3):
+            wanted = tables[channel][views[source, :, :, channel]]
+            assert np.array_equal(out[target, channel].view(np.int32), wanted.view(np.int32))
+    assert (out[2] == 5).all()
+    whole = np.empty((3, 3, 6, 5), np.float32)
+    views_to_planes(views, tables, whole, decoder=decoder)
+    assert np.array_equal(whole[2], out[3], equal_nan=True)
+    views_to_planes(views[:0], tables, whole[:0], decoder=decoder)
+
+
+def test_planes_that_do_not_fit_are_refused() -> None:
+    views, tables = np.zeros((2, 4, 5, 3), np.uint8), np.zeros((3, 256), np.float32)
+    out = np.zeros((2, 3, 4, 5), np.float32)
+    some = np.array([0, 2])
+    with pytest.raises(DeclipError, match=r"height, width, 3\), not uint8 of shape \(2, 4, 5\)"):
+        views_to_planes(views[..., 0], tables, out)
+    with pytest.raises(DeclipError, match=r"shape \(3, 256\), not float32 of shape \(3, 255\)"):
+        views_to_planes(views, tables[:, 1:], out)
+    with pytest.raises(DeclipError, match=r"shape \(n, 3, 4, 5\), not to float32 of shape"):
+        views_to_planes(views, tables, out.transpose(0, 1, 3, 2))
+    with pytest.raises(DeclipError, match="must be contiguous"):
+        views_to_planes(views[:, :, ::-1], tables, out)
+    with pytest.raises(DeclipError, match="there are 2 views, 0 to 1, so not all of 0 to 2"):
+        views_to_planes(views, tables, out, sources=some)
+    with pytest.raises(DeclipError, match="there are 2 planes, 0 to 1, so not all of 0 to 2"):
+        views_to_planes(views, tables, out, targets=some)
+    with pytest.raises(DeclipError, match=r"\(1,\) views cannot go to \(2,\) places"):
+        views_to_planes(views, tables, out, sources=some[:1], targets=some)
+
+
+@pytest.mark.parametrize("decoder", WAYS)
 def test_threads_and_company_change_nothing(decoder: Decoder) -> None:
     data = [jpeg(noise(20 + 7 * index, 90 - 5 * index, index)) for index in range(9)]
     data[4] = b"junk"
@@ -235,6 +348,7 @@ def test_no_pictures_at_all() -> None:
     assert image_sizes([]).shape == (0, 2)
     assert decode_pictures([]) == []
     assert views_of([], np.zeros((2, 0, 4), np.int32), "auto")[1] == []
+    assert centers_of([], "auto")[1] == []
 
 
 def test_refusals() -> None:
@@ -246,6 +360,10 @@ def test_refusals() -> None:
         decode_views(data, boxes, flips, 6, out)
     with pytest.raises(DeclipError, match="the least size is 1"):
         decode_views(data, boxes, flips, 0, out)
+    with pytest.raises(DeclipError, match="the least size is 1"):
+        decode_center_views(data, 0, out[0])
+    with pytest.raises(DeclipError, match=r"of shape \(1, 6, 6, 3\), not to one of uint8"):
+        decode_center_views(data, 6, out[0])
     with pytest.raises(DeclipError, match=r"need boxes of shape \(1, 1, 4\)"):
         decode_views(data, boxes[:, :, :3], flips, 5, out)
     with pytest.raises(DeclipError, match="not float64 of shape"):

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from declip_pixels.resampling import cubic, resampling_weights, resize
+from declip_pixels.resampling import (
+    _resample,
+    center_window,
+    cubic,
+    resampling_weights,
+    resize,
+    resize_center,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -81,3 +88,55 @@ def test_bands_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = resize(noise(64, 48), 20)
     monkeypatch.setattr("declip_pixels.resampling._BAND_VALUES", 48 * 5)
     assert np.array_equal(resize(noise(64, 48), 20), whole)
+
+
+@settings(deadline=None, max_examples=300)
+@given(height=st.integers(1, 5000), width=st.integers(1, 5000), size=st.integers(1, 600))
+def test_center_is_in_the_middle_of_a_picture_of_the_same_shape(
+    height: int, width: int, size: int
+) -> None:
+    window = center_window(height, width, size)
+    assert min(window.height, window.width) == size
+    # Rounded down: never wider for its height than the picture, and less than a pixel narrower.
+    assert 0 <= size * max(height, width) / min(height, width) - max(window[:2]) < 1
+    for total, start in ((window.height, window.top), (window.width, window.left)):
+        assert 0 <= start <= total - size
+        assert abs(2 * start - (total - size)) <= 1
+    # Python's own rounding, as torchvision does it: of two halves the even one.
+    assert window.top == round((window.height - size) / 2.0)
+    assert window.left == round((window.width - size) / 2.0)
+    # A picture on its side has its window on its side.
+    turned = center_window(width, height, size)
+    assert turned == (window.width, window.height, window.left, window.top)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 80),
+    width=st.integers(1, 80),
+    size=st.integers(1, 50),
+    seed=st.integers(0, 9),
+)
+def test_center_is_cut_out_of_the_whole_resized(
+    height: int, width: int, size: int, seed: int
+) -> None:
+    picture = noise(height, width, seed)
+    window = center_window(height, width, size)
+    rows = resampling_weights(height, window.height)
+    whole = _resample(picture, rows, resampling_weights(width, window.width))
+    assert whole.shape == (window.height, window.width, 3)
+    seen = whole[window.top : window.top + size, window.left : window.left + size]
+    assert np.array_equal(resize_center(picture, size), seen)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(60, 90, 32), (130, 70, 24), (20, 31, 40)])
+def test_center_is_at_most_one_from_pillow_columns_first(
+    height: int, width: int, size: int
+) -> None:
+    picture, window = noise(height, width), center_window(height, width, size)
+    # Pillow takes first what is cheaper: one side at a time settles the order.
+    image = Image.fromarray(picture).resize((window.width, height), Image.Resampling.BICUBIC)
+    image = image.resize((window.width, window.height), Image.Resampling.BICUBIC)
+    box = (window.left, window.top, window.left + size, window.top + size)
+    difference = np.asarray(image.crop(box)).astype(int) - resize_center(picture, size)
+    assert np.abs(difference).max() <= 1

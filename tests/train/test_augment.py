@@ -258,9 +258,14 @@ def test_evaluation_view_is_pillows():
     image.save(sink, "PNG")
     wanted = image.resize((32, 16), Image.Resampling.BICUBIC).crop((8, 0, 24, 16))
     found = augment.eval_view(sink.getvalue(), 16)
-    np.testing.assert_array_equal(found, np.asarray(wanted))
+    # Pillow rounds to bytes between columns and rows.
+    np.testing.assert_allclose(found.astype(int), np.asarray(wanted), atol=1)
+    assert (found != np.asarray(wanted)).mean() < 0.25
     tensor = augment.eval_images([sink.getvalue()], 16)
     assert tensor.shape == (1, 3, 16, 16)
+    shares = found[None].astype(np.float32) / np.float32(255)
+    torch.testing.assert_close(tensor, augment.to_tensor(shares), rtol=0, atol=0)
+    assert augment.eval_images([], 16).shape == (0, 3, 16, 16)
     back = tensor[0] * torch.tensor(augment.IMAGE_STD)[:, None, None]
     back = back + torch.tensor(augment.IMAGE_MEAN)[:, None, None]
     torch.testing.assert_close(back, torch.from_numpy(found.copy()).permute(2, 0, 1) / 255)
@@ -269,5 +274,5 @@ def test_evaluation_view_is_pillows():
 def test_no_image_is_refused():
     with pytest.raises(DeclipError, match="sample 'k7' cannot be decoded"):
         augment.decode_image(b"no image", "k7")
-    with pytest.raises(DeclipError, match="cannot be decoded"):
+    with pytest.raises(DeclipError, match="evaluation cannot be decoded: it is no picture"):
         augment.eval_view(b"no image", 16)

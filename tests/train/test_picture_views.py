@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from declip_shards import DeclipError
+from declip_train.augment import ColorChoices, change_colors_into
 from declip_train.batch_order import BatchShare
 from declip_train.failed_samples import FailedSamples
 from declip_train.loader_clock import PhaseClock
@@ -85,6 +86,51 @@ def test_batches_in_the_making_do_not_disturb_each_other(monkeypatch, method, ph
     # Closed, it can be used again.
     assert torch.equal(several.start(shares[0])().images, alone.start(shares[0])().images)
     several.close()
+
+
+@pytest.mark.parametrize("decoder", ["native", "python"])
+@pytest.mark.parametrize("method", ["clip", "declip"])
+def test_views_on_the_cpu_are_those_for_a_device_with_their_colors_changed(
+    monkeypatch, method, decoder
+):
+    samples = Pictures().samples(monkeypatch)
+    both = {"method": method, "decoder": decoder}
+    there = maker(samples, photometric="device", **both).start(share(range(COUNT)))()
+    here = maker(samples, photometric="cpu", **both).start(share(range(COUNT)))()
+    assert there.colors is not None
+    planes = np.empty((3, *there.images.shape[2:4]), np.float32)
+    pairs = zip(there.images.flatten(0, 1).numpy(), here.images.flatten(0, 1), strict=True)
+    changed = 0
+    for number, (view, found) in enumerate(pairs):
+        order, factors, jitter, gray, sigma = (
+            value[number].numpy() for value in vars(there.colors).values()
+        )
+        choices = ColorChoices(order, factors, bool(jitter), bool(gray), float(sigma))
+        changed += choices.jitter
+        change_colors_into(view, choices, planes)
+        assert torch.equal(found, torch.from_numpy(planes))
+    assert (changed > 0) == (method == "declip")
+
+
+def test_memory_of_batches_is_used_again_but_not_while_they_are_held(monkeypatch):
+    samples = Pictures().samples(monkeypatch)
+    views = maker(samples, method="clip", photometric="cpu")
+    shares = [share(range(20)), share(range(20, 40))]
+    first, second = (views.start(each)().images for each in shares)
+    expected = first.clone()
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2
+    row = second[0, 3]
+    kept = row.clone()
+    del second
+    # A row of it is still held.
+    assert views.start(shares[0])().images.data_ptr() not in places
+    assert torch.equal(row, kept)
+    del row
+    again = views.start(shares[0])().images
+    assert again.data_ptr() in places
+    assert torch.equal(again, expected)
+    assert torch.equal(first, expected)
 
 
 def test_a_views_pixels_depend_on_its_sample_and_epoch_alone(monkeypatch):

@@ -4,7 +4,22 @@ Two ways with equal bytes: plain C++ on the libjpeg-turbo that Pillow brings, an
 and NumPy. docs/design/0006-pixels.md has the law that both keep, the reasons and the measurements.
 """
 
-from declip_pixels.decoding import decode_pictures, decode_views, image_sizes, resize_views
+from declip_pixels.decoding import (
+    decode_center_views,
+    decode_pictures,
+    decode_views,
+    image_sizes,
+    resize_views,
+    views_to_planes,
+)
 from declip_pixels.reference import MAX_PIXELS
 
-__all__ = ["MAX_PIXELS", "decode_pictures", "decode_views", "image_sizes", "resize_views"]
+__all__ = [
+    "MAX_PIXELS",
+    "decode_center_views",
+    "decode_pictures",
+    "decode_views",
+    "image_sizes",
+    "resize_views",
+    "views_to_planes",
+]

@@ -118,6 +118,32 @@ class CompiledPart:
         )
         return done
 
+    def center_views(
+        self,
+        data: Sequence[bytes],
+        out: NDArray[np.uint8],
+        num_threads: int,
+        *,
+        vectors: bool | None = None,
+    ) -> NDArray[np.bool_]:
+        """(n,) which pictures' views were made; as in :func:`declip_pixels.decode_center_views`.
+
+        ``vectors`` as in :meth:`views`.
+        """
+        done = np.zeros(len(data), np.bool_)
+        pointers, lengths = _pointers(data)
+        self._library.declip_center_views(
+            pointers,
+            _at(lengths),
+            ctypes.c_int64(len(data)),
+            ctypes.c_int(out.shape[1]),
+            _at(out),
+            ctypes.c_int(num_threads),
+            ctypes.c_int(self._vectors(vectors)),
+            _at(done),
+        )
+        return done
+
     def pictures(self, data: Sequence[bytes], num_threads: int) -> list[NDArray[np.uint8] | None]:
         """Whole upright pictures; None for those left to the Python way."""
         sizes, known = self.sizes(data)
@@ -165,6 +191,25 @@ class CompiledPart:
                 _at(out),
                 ctypes.c_int(self._vectors(vectors)),
             )
+        )
+
+    def planes(
+        self,
+        views: NDArray[np.uint8],
+        sources: NDArray[np.int64],
+        tables: NDArray[np.float32],
+        out: NDArray[np.float32],
+        targets: NDArray[np.int64],
+    ) -> None:
+        """As :func:`declip_pixels.views_to_planes`, of arrays that have been checked."""
+        self._library.declip_planes(
+            _at(views),
+            _at(sources),
+            ctypes.c_int64(len(sources)),
+            ctypes.c_int64(views.shape[1] * views.shape[2]),
+            _at(tables),
+            _at(out),
+            _at(targets),
         )
 
     def _vectors(self, asked: bool | None) -> bool:

@@ -17,6 +17,7 @@ from declip_pixels.reference import (
     make_views,
     picture_size,
 )
+from declip_pixels.resampling import resize_center
 from declip_shards import DeclipError
 
 _Result = TypeVar("_Result")
@@ -87,11 +88,53 @@ def decode_views(
             return str(error)
         return None
 
-    failures: list[str | None] = [None] * len(data)
-    left = range(len(data)) if done is None else np.flatnonzero(~done).tolist()
-    for index, failure in zip(left, _each(one, left, num_threads), strict=True):
-        failures[index] = failure
-    return failures
+    return _rest(one, len(data), done, num_threads)
+
+
+def decode_center_views(
+    data: Sequence[bytes],
+    size: int,
+    out: NDArray[np.uint8],
+    *,
+    num_threads: int = 1,
+    decoder: Decoder = "auto",
+) -> list[str | None]:
+    """Decode pictures and make evaluation's one view of each: the middle, resized.
+
+    The shorter side is resized to ``size`` by :mod:`declip_pixels.resampling`, the middle square
+    cut out, with torchvision's rounding of sizes and offsets
+    (:func:`declip_pixels.resampling.center_window`). Only the rows and columns that are seen are
+    decoded and resized. Pictures are taken as they are stored, EXIF's orientation
+    notwithstanding: so do open_clip, CLIP_benchmark and torchvision, and published figures.
+
+    Args:
+        data: n encoded pictures: JPEG, PNG, WebP or whatever Pillow reads.
+        size: side of a view, pixels.
+        out: (n, size, size, 3), contiguous; views are written here, RGB. Where a picture failed
+            they are black.
+        num_threads: at work at once.
+        decoder: which way; both give the same bytes.
+
+    Returns:
+        For each picture None, or why there is no view of it.
+
+    Raises:
+        DeclipError: an array of the wrong shape, or decoder "native" where there is none.
+    """
+    _check_target(out, (len(data), size, size, 3))
+    part = _part(decoder)
+    done = None if part is None else part.center_views(data, out, num_threads)
+
+    def one(index: int) -> str | None:
+        try:
+            picture = decode_picture(data[index], upright=False)
+            out[index] = resize_center(picture, size)
+        except UnreadablePictureError as error:
+            out[index] = 0
+            return str(error)
+        return None
+
+    return _rest(one, len(data), done, num_threads)
 
 
 def decode_pictures(
@@ -150,6 +193,40 @@ def resize_views(
         raise DeclipError(f"{error}; draw boxes within the picture's own size.") from error
 
 
+def views_to_planes(
+    views: NDArray[np.uint8],
+    tables: NDArray[np.float32],
+    out: NDArray[np.float32],
+    *,
+    sources: NDArray[np.int64] | None = None,
+    targets: NDArray[np.int64] | None = None,
+    decoder: Decoder = "auto",
+) -> None:
+    """Look up views' bytes in tables, and set the colors apart: what normalizing them comes to.
+
+    ``out[targets[i], channel] = tables[channel][views[sources[i], :, :, channel]]``.
+
+    Args:
+        views: (n, height, width, 3), contiguous.
+        tables: (3, 256): what each byte becomes, by channel.
+        out: (m, 3, height, width), contiguous.
+        sources: (k,) which views; None: all.
+        targets: (k,) where in ``out`` they go, none twice; None: the first k places.
+        decoder: which way; both give the same bits.
+
+    Raises:
+        DeclipError: arrays of the wrong shape, or decoder "native" where there is none.
+    """
+    sources, targets = _checked_planes(views, tables, out, sources, targets)
+    part = _part(decoder)
+    if part is not None:
+        part.planes(views, sources, np.ascontiguousarray(tables), out, targets)
+        return
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        for channel, table in enumerate(tables):
+            np.take(table, views[source, :, :, channel], out=out[target, channel], mode="clip")
+
+
 def _part(decoder: Decoder) -> CompiledPart | None:
     """The compiled part where it is asked for and there is one."""
     if decoder == "python":
@@ -187,6 +264,20 @@ def _views_of(
             raise UnreadablePictureError("there is not enough memory to resize it")
 
 
+def _rest(
+    one: Callable[[int], str | None],
+    count: int,
+    done: NDArray[np.bool_] | None,
+    num_threads: int,
+) -> list[str | None]:
+    """Do in Python what the compiled way has not done; why each picture has no views, or None."""
+    failures: list[str | None] = [None] * count
+    left = range(count) if done is None else np.flatnonzero(~done).tolist()
+    for index, failure in zip(left, _each(one, left, num_threads), strict=True):
+        failures[index] = failure
+    return failures
+
+
 def _each(one: Callable[[int], _Result], indices: Sequence[int], num_threads: int) -> list[_Result]:
     if num_threads < 2 or len(indices) < 2:
         return [one(index) for index in indices]
@@ -202,18 +293,68 @@ def _checked_request(
     out: NDArray[np.uint8],
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Boxes and flips as contiguous arrays of their types."""
-    if size < 1:
-        raise DeclipError(f"views of {size} pixels cannot be made; the least size is 1.")
     views = len(out)
-    expected = (views, count, size, size, 3)
-    if out.shape != expected or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise DeclipError(
-            f"views are written to a contiguous array of bytes of shape {expected}, not to one of "
-            f"{out.dtype} and shape {out.shape}; allocate it with numpy.empty."
-        )
+    _check_target(out, (views, count, size, size, 3))
     if boxes.shape != (views, count, 4) or flips.shape != (views, count):
         raise DeclipError(
             f"{views} views of {count} pictures need boxes of shape {(views, count, 4)} and flips "
             f"of shape {(views, count)}; these are {boxes.shape} and {flips.shape}."
         )
     return np.ascontiguousarray(boxes, np.int32), np.ascontiguousarray(flips, np.bool_)
+
+
+def _check_target(out: NDArray[np.uint8], expected: tuple[int, ...]) -> None:
+    """Whether views can be written to an array.
+
+    Raises:
+        DeclipError: they cannot, or not of that size.
+    """
+    size = expected[-2]
+    if size < 1:
+        raise DeclipError(f"views of {size} pixels cannot be made; the least size is 1.")
+    if out.shape != expected or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise DeclipError(
+            f"views are written to a contiguous array of bytes of shape {expected}, not to one of "
+            f"{out.dtype} and shape {out.shape}; allocate it with numpy.empty."
+        )
+
+
+def _checked_planes(
+    views: NDArray[np.uint8],
+    tables: NDArray[np.float32],
+    out: NDArray[np.float32],
+    sources: NDArray[np.int64] | None,
+    targets: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which views go where, when all arrays fit."""
+    if views.ndim != 4 or views.shape[3] != 3 or views.dtype != np.uint8:
+        raise DeclipError(
+            f"views are bytes of shape (n, height, width, 3), not {views.dtype} of shape "
+            f"{views.shape}; decode_views makes such."
+        )
+    if tables.shape != (3, 256) or tables.dtype != np.float32:
+        raise DeclipError(
+            f"tables are float32 of shape (3, 256), not {tables.dtype} of shape {tables.shape}; "
+            "give one value for each byte and channel."
+        )
+    height, width = views.shape[1:3]
+    if out.ndim != 4 or out.shape[1:] != (3, height, width) or out.dtype != np.float32:
+        raise DeclipError(
+            f"planes are written to float32 of shape (n, 3, {height}, {width}), not to {out.dtype} "
+            f"of shape {out.shape}; allocate it with numpy.empty."
+        )
+    if not (views.flags.c_contiguous and out.flags.c_contiguous):
+        raise DeclipError("views and planes must be contiguous; use numpy.ascontiguousarray.")
+    first = np.arange(len(views)) if sources is None else sources.astype(np.int64)
+    second = np.arange(len(first)) if targets is None else targets.astype(np.int64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise DeclipError(
+            f"{first.shape} views cannot go to {second.shape} places; name one for each."
+        )
+    for places, room, name in ((first, len(views), "views"), (second, len(out), "planes")):
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < room:
+            raise DeclipError(
+                f"there are {room} {name}, 0 to {room - 1}, so not all of {int(places.min())} to "
+                f"{int(places.max())} can be meant; mend sources or targets."
+            )
+    return first, second

@@ -231,6 +231,19 @@ class Worker {
     return true;
   }
 
+  // The middle of the picture as stored, its shorter side resized to `size`.
+  bool center_view(const uint8_t *data, int64_t length, int size, uint8_t *out) {
+    JpegFile file;
+    if (!is_ours(data, length, file)) return false;
+    const int shorter = std::min(file.height, file.width);
+    const Axis rows = Axis::middle(file.height, shorter, size), columns = Axis::middle(file.width, shorter, size);
+    const Box box{rows.begin, columns.begin, rows.end - rows.begin, columns.end - columns.begin};
+    if (!decoder_.decode(data, length, file, box, region_)) return false;
+    const uint8_t *limit = region_.bytes.data() + region_.bytes.size();
+    resampler_.view({region_.at(0, 0), region_.stride, box.height, box.width, limit}, rows, columns, size, false, out);
+    return true;
+  }
+
   // The whole picture, upright, of the size that its header says.
   bool picture(const uint8_t *data, int64_t length, uint8_t *out) {
     JpegFile file;
@@ -347,6 +360,32 @@ void declip_views(const uint8_t *const *data, const int64_t *lengths, int64_t co
   const Batch batch{data, lengths, count, views, boxes, flips, size, out, done};
   each(count, num_threads, vectors != 0, done,
        [&](Worker &worker, int64_t index) { return worker.views(batch, index); });
+}
+
+// The middle of each picture into out (count x size x size x 3); done[i] as in declip_views.
+void declip_center_views(const uint8_t *const *data, const int64_t *lengths, int64_t count, int size, uint8_t *out,
+                         int num_threads, int vectors, uint8_t *done) {
+  using namespace declip;
+  if (!is_open) return;
+  each(count, num_threads, vectors != 0, done, [&](Worker &worker, int64_t index) {
+    return worker.center_view(data[index], lengths[index], size, out + index * size * size * 3);
+  });
+}
+
+// Views' bytes by tables (3 x 256), each channel its own, as planes: view sources[i] of `pixels` x 3
+// bytes becomes 3 x `pixels` numbers at targets[i].
+void declip_planes(const uint8_t *views, const int64_t *sources, int64_t count, int64_t pixels, const float *tables,
+                   float *out, const int64_t *targets) {
+  const float *const reds = tables, *const greens = tables + 256, *const blues = tables + 512;
+  for (int64_t index = 0; index < count; ++index) {
+    const uint8_t *view = views + sources[index] * pixels * 3;
+    float *red = out + targets[index] * pixels * 3, *green = red + pixels, *blue = green + pixels;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel, view += 3) {
+      red[pixel] = reds[view[0]];
+      green[pixel] = greens[view[1]];
+      blue[pixel] = blues[view[2]];
+    }
+  }
 }
 
 // Whole pictures, each into out[i] of the size that declip_sizes says; null ones are left out.

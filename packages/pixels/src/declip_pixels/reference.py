@@ -47,8 +47,8 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return 0, 0
 
 
-def decode_picture(data: bytes) -> NDArray[np.uint8]:
-    """Decode a whole picture: (height, width, 3), RGB, upright by EXIF's orientation.
+def decode_picture(data: bytes, *, upright: bool = True) -> NDArray[np.uint8]:
+    """Decode a whole picture: (height, width, 3), RGB, upright by EXIF's orientation or as stored.
 
     Of animations the first frame; what is transparent is shown as if it were not; of 16-bit gray
     the upper byte.
@@ -58,21 +58,21 @@ def decode_picture(data: bytes) -> NDArray[np.uint8]:
     """
     with _opened(data) as image:
         # Pillow forgets the segments of EXIF and XMP with some conversions.
-        turn = _TURNS.get(_orientation(image))
+        turn = _TURNS.get(_orientation(image)) if upright else None
         try:
             image.load()
             if image.mode.startswith("I;16"):
                 gray = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-                upright = Image.fromarray(gray).convert("RGB")
+                picture = Image.fromarray(gray).convert("RGB")
             else:
-                upright = image.convert("RGB")
+                picture = image.convert("RGB")
         except MemoryError as error:
             raise UnreadablePictureError("there is not enough memory to decode it") from error
         except Exception as error:
             raise UnreadablePictureError(_reason(error)) from error
         if _is_cut_jpeg(data):
             raise UnreadablePictureError("its file is cut off")
-        return np.asarray(upright if turn is None else upright.transpose(turn))
+        return np.asarray(picture if turn is None else picture.transpose(turn))
 
 
 def check_box(height: int, width: int, box: NDArray[np.int32]) -> None:

@@ -21,9 +21,37 @@ constexpr int kColumnShift = kWeightBits - kMiddleBits, kRowShift = kWeightBits 
 constexpr int kMiddleMax = 255 << kMiddleBits;
 constexpr int kOverread = 64;  // bytes behind a row that vectors may touch
 
+// Some of the outputs that `length` pixels become, and those of the pixels that they take.
+struct Axis {
+  int length;     // of the whole picture
+  int64_t total;  // outputs of the whole picture
+  int64_t start;  // first of the outputs that are asked for
+  int begin, end;  // pixels from where on, and up to where, the outputs take any
+
+  double scale() const { return double(length) / double(total); }
+  double reach() const { return 2.0 * std::max(scale(), 1.0); }
+  double center(int output) const { return (double(start + output) + 0.5) * scale(); }
+  int first_of(int output) const { return std::max(int(center(output) - reach() + 0.5), 0); }
+  int end_of(int output) const { return std::min(int(center(output) + reach() + 0.5), length); }
+
+  static Axis whole(int length, int size) { return {length, size, 0, 0, length}; }
+
+  // `size` outputs in the middle of those that a side becomes when the shorter one, maybe another,
+  // becomes `size`: center_window of resampling.py.
+  static Axis middle(int length, int shorter, int size) {
+    const int64_t total = int64_t(double(int64_t(size) * length) / double(shorter));
+    const int64_t beside = total - size;
+    Axis axis{length, total, beside / 2, 0, 0};
+    if (beside % 2 == 1) axis.start += axis.start % 2;  // half to even
+    axis.begin = axis.first_of(0);
+    axis.end = axis.end_of(size - 1);
+    return axis;
+  }
+};
+
 struct Weights {
   int taps = 0;  // of every output, the last ones 0
-  std::vector<int32_t> first;
+  std::vector<int32_t> first;   // from the axis's `begin` on
   std::vector<int16_t> values;  // size x taps
 
   static double cubic(double distance) {
@@ -37,32 +65,29 @@ struct Weights {
     return (value + magic) - magic;
   }
 
-  // Weights of `length` pixels for `size` outputs, the last output first if mirrored; taps are
-  // filled up to a multiple of `together`.
-  void make(int length, int size, bool mirrored, int together) {
-    const double scale = double(length) / double(size);
-    const double stretch = std::max(scale, 1.0);
-    const double reach = 2.0 * stretch;
+  // Weights of `size` outputs, the last output first if mirrored; taps are filled up to a multiple
+  // of `together`.
+  void make(const Axis &axis, int size, bool mirrored, int together) {
+    const double stretch = std::max(axis.scale(), 1.0);
     first.resize(size_t(size));
     end_.resize(size_t(size));
     taps = 0;
     for (int output = 0; output < size; ++output) {
-      const double center = (output + 0.5) * scale;
       const int slot = mirrored ? size - 1 - output : output;
-      first[size_t(slot)] = std::max(int(center - reach + 0.5), 0);
-      end_[size_t(slot)] = std::min(int(center + reach + 0.5), length);
+      first[size_t(slot)] = axis.first_of(output) - axis.begin;
+      end_[size_t(slot)] = axis.end_of(output) - axis.begin;
       taps = std::max(taps, end_[size_t(slot)] - first[size_t(slot)]);
     }
     taps = (taps + together - 1) / together * together;
     values.assign(size_t(size) * size_t(taps), 0);
     running_.resize(size_t(taps));
     for (int output = 0; output < size; ++output) {
-      const double center = (output + 0.5) * scale;
+      const double center = axis.center(output);
       const int slot = mirrored ? size - 1 - output : output;
       const int begin = first[size_t(slot)], end = end_[size_t(slot)];
       double sum = 0.0;
       for (int place = begin; place < end; ++place) {
-        sum += cubic(std::fabs((place + 0.5 - center) / stretch));
+        sum += cubic(std::fabs((axis.begin + place + 0.5 - center) / stretch));
         running_[size_t(place - begin)] = sum;
       }
       int16_t *target = values.data() + size_t(slot) * size_t(taps);
@@ -92,10 +117,15 @@ class Resampler {
  public:
   explicit Resampler(bool vectors) : vectors_(vectors) {}
 
-  // One view (size x size x 3) of a picture.
+  // One view (size x size x 3) of a whole picture.
   void view(const Pixels &picture, int size, bool mirrored, uint8_t *out) {
-    columns_.make(picture.width, size, mirrored, 4);
-    rows_.make(picture.height, size, false, 2);
+    view(picture, Axis::whole(picture.height, size), Axis::whole(picture.width, size), size, mirrored, out);
+  }
+
+  // The same of a part of a picture: the pixels from `begin` to `end` of both axes.
+  void view(const Pixels &picture, const Axis &rows, const Axis &columns, int size, bool mirrored, uint8_t *out) {
+    columns_.make(columns, size, mirrored, 4);
+    rows_.make(rows, size, false, 2);
     values_ = size * 3;
     stride_ = ((values_ + 31) & ~31) + 16;
     middle_.resize(size_t(stride_) * size_t(picture.height) + 32);
@@ -103,7 +133,13 @@ class Resampler {
     if (vectors_) {
       spread_weights(size);
       padded_.resize(4 * (size_t(picture.width + columns_.taps) * 3 + kOverread));
-      columns_by_vectors(picture, size);
+      // Loops of a known length are unrolled: those of views that are shrunk by less than four.
+      switch (columns_.taps / 4) {
+        case 2: columns_by_vectors<2>(picture, size); break;
+        case 3: columns_by_vectors<3>(picture, size); break;
+        case 4: columns_by_vectors<4>(picture, size); break;
+        default: columns_by_vectors<0>(picture, size);
+      }
       rows_by_vectors(picture.height, size, out);
       return;
     }
@@ -169,21 +205,17 @@ class Resampler {
     return copy;
   }
 
+  template <int kGroups>
   DECLIP_AVX2 void columns_by_vectors(const Pixels &picture, int size) {
     const __m256i order = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,  //
                                            6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
     const __m256i half = _mm256_set1_epi32(1 << (kColumnShift - 1));
     const __m256i most = _mm256_set1_epi16(kMiddleMax), none = _mm256_setzero_si256();
-    const int groups = columns_.taps / 4;
+    const int groups = kGroups == 0 ? columns_.taps / 4 : kGroups;
     for (int row = 0; row < picture.height; row += 4) {
-      // Rows beyond the last one repeat it: the same numbers are written to it again.
       int16_t *target[4];
       const uint8_t *pixels[4];
-      for (int slot = 0; slot < 4; ++slot) {
-        const int of = std::min(row + slot, picture.height - 1);
-        pixels[slot] = readable(picture, of, slot);
-        target[slot] = middle_.data() + size_t(of) * size_t(stride_);
-      }
+      rows_from(picture, row, pixels, target);
       const int16_t *weights = spread_.data();
       for (int output = 0; output < size; ++output) {
         int64_t at = int64_t(columns_.first[size_t(output)]) * 3;
@@ -207,6 +239,16 @@ class Resampler {
         _mm_storel_epi64(reinterpret_cast<__m128i *>(target[2] + place), _mm_unpackhi_epi64(left, left));
         _mm_storel_epi64(reinterpret_cast<__m128i *>(target[3] + place), _mm_unpackhi_epi64(right, right));
       }
+    }
+  }
+
+  // Four rows, and where their outputs go. Rows beyond the last one repeat it: the same numbers are
+  // written to it again.
+  void rows_from(const Pixels &picture, int row, const uint8_t *pixels[4], int16_t *target[4]) {
+    for (int slot = 0; slot < 4; ++slot) {
+      const int of = std::min(row + slot, picture.height - 1);
+      pixels[slot] = readable(picture, of, slot);
+      target[slot] = middle_.data() + size_t(of) * size_t(stride_);
     }
   }
 

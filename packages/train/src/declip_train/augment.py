@@ -8,7 +8,6 @@ normalization while it lies in the processor's cache, so any number of threads c
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import threading
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 import declip_pixels
@@ -258,8 +256,7 @@ def change_colors_into(
 ) -> None:
     """:func:`change_colors`, then normalization, into (3, S, S); makes no array of its own."""
     if not (choices.jitter or choices.gray or choices.sigma > LEAST_SIGMA):
-        for channel, plane in enumerate(planes):
-            cv2.LUT(cv2.extractChannel(view, channel), _NORMALIZED[channel], dst=plane)
+        declip_pixels.views_to_planes(np.ascontiguousarray(view)[None], NORMALIZED, planes[None])
         return
     changed = _changed(view, choices)
     if changed.ndim == 3:
@@ -277,8 +274,8 @@ def _normalize(
 
 
 _STEPS = np.arange(256, dtype=np.float32) / np.float32(255)
-_NORMALIZED = [_normalize(_STEPS, channel, np.empty_like(_STEPS)) for channel in range(3)]
-"""What each value of 8 bits is when normalized, by channel."""
+NORMALIZED = np.stack([_normalize(_STEPS, channel, np.empty_like(_STEPS)) for channel in range(3)])
+"""(3, 256) float32: what each value of 8 bits is when normalized, by channel."""
 
 
 def decode_image(data: bytes, key: str) -> NDArray[np.uint8]:
@@ -342,30 +339,29 @@ def to_tensor(views: NDArray[np.float32]) -> Tensor:
 def eval_view(data: bytes, size: int) -> NDArray[np.uint8]:
     """The one view of evaluation, as open_clip takes it: (size, size, 3) uint8.
 
-    Shorter side to ``size`` (bicubic, Pillow), center crop.
+    Shorter side to ``size`` (bicubic), center crop: :func:`declip_pixels.decode_center_views`.
 
     Raises:
         DeclipError: the bytes are no image.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise DeclipError(f"an image for evaluation cannot be decoded ({error}).") from error
-    width, height = image.size
-    if width <= height:
-        resized = (size, int(size * height / width))
-    else:
-        resized = (int(size * width / height), size)
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    view: NDArray[np.uint8] = _eval_views([data], size)[0]
+    return view
 
 
 def eval_images(images: Sequence[bytes], size: int) -> Tensor:
-    """Encoded images -> normalized float32 (N, 3, size, size), ready for the image tower."""
-    if not images:
-        return torch.empty(0, 3, size, size)
-    views = np.stack([eval_view(data, size) for data in images])
-    return to_tensor(views.astype(np.float32) / np.float32(255))
+    """Encoded images -> normalized float32 (N, 3, size, size), ready for the image tower.
+
+    Raises:
+        DeclipError: the bytes of one are no image.
+    """
+    planes = torch.empty(len(images), 3, size, size)
+    declip_pixels.views_to_planes(_eval_views(images, size), NORMALIZED, planes.numpy())
+    return planes
+
+
+def _eval_views(images: Sequence[bytes], size: int) -> NDArray[np.uint8]:
+    views = np.empty((len(images), size, size, 3), np.uint8)
+    for failure in declip_pixels.decode_center_views(images, size, views):
+        if failure is not None:
+            raise DeclipError(f"an image for evaluation cannot be decoded: {failure}.")
+    return views

@@ -20,9 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from declip_pixels import decode_pictures, decode_views, image_sizes, resize_views
+from declip_pixels import (
+    decode_pictures,
+    decode_views,
+    image_sizes,
+    resize_views,
+    views_to_planes,
+)
 from declip_shards import DeclipError
 from declip_train.augment import (
+    LEAST_SIGMA,
+    NORMALIZED,
     ColorChoices,
     change_colors_into,
     color_choices,
@@ -30,6 +38,7 @@ from declip_train.augment import (
     draw_flips,
     view_draws_batch,
 )
+from declip_train.batch_memory import BatchMemory
 from declip_train.batch_order import BatchShare
 from declip_train.device_views import ColorBatch, draw_color_batch
 from declip_train.failed_samples import FailedSample, FailedSamples, stand_ins
@@ -74,7 +83,8 @@ class _Job:
 class ViewMaker:
     """Makes the views of batches.
 
-    Memory: the batches in the making and, of each thread, up to 32 encoded pictures with their
+    Memory: the batches in the making, kept to be used again when they are done with, and, of each
+    thread, up to 32 encoded pictures with their
     8-bit views; ``decoded_cache_megabytes`` of decoded pictures that stay.
 
     Args:
@@ -109,6 +119,7 @@ class ViewMaker:
         self._cache_room = settings.decoded_cache_megabytes * 1_000_000
         self._cache_lock = threading.Lock()
         self._local = threading.local()
+        self._memory = BatchMemory()
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -140,11 +151,7 @@ class ViewMaker:
             epochs=share.epochs,
             keys=list(self.samples.keys_of(share.indices)),
             draws=[],
-            images=torch.empty(
-                shape,
-                dtype=torch.uint8 if self.on_device else torch.float32,
-                pin_memory=pinned,
-            ),
+            images=self._images(shape, pinned),
             tasks=[],
         )
         with self.clock.phase("augment"):
@@ -158,6 +165,14 @@ class ViewMaker:
         else:
             job.tasks = [self._threads.submit(self._fill, job, rows) for rows in parts]
         return lambda: self._finish(job)
+
+    def _images(self, shape: Sequence[int], pinned: bool) -> Tensor:
+        """Where a batch's views go."""
+        dtype = torch.uint8 if self.on_device else torch.float32
+        if pinned:
+            # Torch itself keeps pinned memory to use it again.
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        return self._memory.empty(shape, dtype)
 
     def _finish(self, job: _Job) -> PictureViews:
         try:
@@ -245,7 +260,8 @@ class ViewMaker:
         for n, picture in zip(known, pictures, strict=True):
             assert picture is not None
             self._resize(job, rows[n], picture, views[:, n])
-        self._write(job, rows, [n for n in range(len(rows)) if n not in reasons], views)
+        good = np.array([n for n in range(len(rows)) if n not in reasons], np.int64)
+        self._write(job, rows, good, views)
         return {int(rows[n]): reason for n, reason in reasons.items()}
 
     def _buffer(self, job: _Job, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -332,7 +348,11 @@ class ViewMaker:
         out[:] = views
 
     def _write(
-        self, job: _Job, rows: NDArray[np.int64], good: Sequence[int], views: NDArray[np.uint8]
+        self,
+        job: _Job,
+        rows: NDArray[np.int64],
+        good: NDArray[np.int64],
+        views: NDArray[np.uint8],
     ) -> None:
         """Views (views, n, size, size, 3) to their rows of the batch; the ``good`` ones of them
         are there, and the others' rows are written again."""
@@ -347,7 +367,18 @@ class ViewMaker:
             for number, parameters in enumerate(self.views):
                 drawn = job.draws[number][rows]
                 order, factors, jitter, gray, sigma = color_choices(drawn, parameters, self.size)
-                for n in good:
+                # Compared in double precision, as one view's is.
+                changed = (jitter | gray | (sigma.astype(np.float64) > LEAST_SIGMA))[good]
+                same = good[~changed]
+                views_to_planes(
+                    views[number],
+                    NORMALIZED,
+                    images[number],
+                    sources=same,
+                    targets=rows[same],
+                    decoder=self.settings.decoder,
+                )
+                for n in good[changed].tolist():
                     choices = ColorChoices(
                         order[n], factors[n], bool(jitter[n]), bool(gray[n]), float(sigma[n])
                     )
