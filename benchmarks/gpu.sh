@@ -34,6 +34,8 @@ check() { # a title, a limit in seconds, and a command
     tests/train/test_device_views.py tests/train/test_device_feed.py
   check "loader to step" 200 "$python" benchmarks/end_to_end.py --device cuda --batch 1024 \
     --steps 60 --json "$out/$name-end-to-end.json"
+  check "probe" 150 "$python" benchmarks/probe.py --device cuda --rows 20000 --classes 10 \
+    --json "$out/$name-probe.json"
   check "DeepSpeed" 60 "$python" benchmarks/deepspeed_overhead.py --ranks 1 --model ViT-B-32
   exit "$status"
 } 2>&1 | tee "$out/$name.txt"

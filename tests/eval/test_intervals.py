@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from declip_eval.intervals import metric_intervals, wilson_interval
+from declip_eval.intervals import metric_intervals, newcombe_interval, wilson_interval
 
 
 def test_known_values():
@@ -42,6 +42,38 @@ def test_covers_the_true_share_about_95_times_in_100(true_share):
     assert 0.93 < covered < 0.99
 
 
+COUNTS = st.tuples(*[st.integers(0, 500)] * 4).filter(any)
+
+
+@settings(max_examples=60, deadline=None)
+@given(COUNTS)
+def test_newcombes_interval_encloses_the_difference_and_mirrors(counts):
+    both, first, second, neither = counts
+    difference = (first - second) / sum(counts)
+    low, high = newcombe_interval(*counts)
+    assert -1 <= low <= difference + 1e-12
+    assert difference - 1e-12 <= high <= 1
+    mirrored = newcombe_interval(both, second, first, neither)
+    assert mirrored == pytest.approx((-high, -low), abs=1e-12)
+    # Counting the wrong answers instead of the right ones turns the two around.
+    wrong = newcombe_interval(neither, second, first, both)
+    assert wrong == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_newcombes_interval_has_a_width_where_models_never_differ():
+    low, high = newcombe_interval(50, 0, 0, 50)
+    assert low < 0 < high
+    assert high < 0.1
+
+
+def test_newcombes_interval_covers_the_true_difference_about_95_times_in_100():
+    shares = [0.55, 0.15, 0.08, 0.22]
+    drawn = np.random.default_rng(0).multinomial(300, shares, size=2000)
+    intervals = [newcombe_interval(*map(int, row)) for row in drawn]
+    covered = np.mean([low <= shares[1] - shares[2] <= high for low, high in intervals])
+    assert 0.94 < covered < 0.97
+
+
 def test_shares_get_an_interval_and_means_do_not():
     metrics = {"acc1": 0.5, "mean_per_class_recall": 0.5, "lp_acc5": 0.9, "l2_strength": 0.01}
     assert set(metric_intervals(metrics, 50)) == {"acc1", "lp_acc5"}
@@ -60,5 +92,7 @@ def test_wrong_input_is_refused_in_a_sentence():
         wilson_interval(0.5, 0)
     with pytest.raises(ValueError, match="confidence is 95, but it must lie between 0 and 1"):
         wilson_interval(0.5, 10, confidence=95)
+    with pytest.raises(ValueError, match=r"The counts are \(1, -1, 0, 0\), but none may be below"):
+        newcombe_interval(1, -1, 0, 0)
     with pytest.raises(ValueError, match="no entry for 'acc1': add its number of queries"):
         metric_intervals({"acc1": 0.5}, {})

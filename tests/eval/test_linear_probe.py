@@ -7,7 +7,8 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from declip_eval.linear_probe import linear_probe, stratified_split
+from declip_eval.linear_probe import fit_probe, linear_probe, stratified_split
+from declip_eval.strength_sweep import CLIP_L2_STRENGTHS
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,57 @@ def test_two_classes_and_features_without_information():
     assert "lp_acc5" not in metrics
 
 
+def test_clips_sweep_refines_around_the_best_and_never_does_worse(digits):
+    coarse = fit_probe(*digits, seed=0)
+    fine = fit_probe(*digits, seed=0, sweep="clip")
+    assert set(coarse.validation_scores) == set(CLIP_L2_STRENGTHS)
+    assert set(fine.validation_scores) > set(CLIP_L2_STRENGTHS)
+    assert len(fine.validation_scores) <= 15
+    assert fine.metrics["validation_acc1"] >= coarse.metrics["validation_acc1"]
+    assert fine.metrics["validation_acc1"] == max(fine.validation_scores.values())
+
+
+def test_a_given_validation_set_chooses_and_is_then_trained_on(digits):
+    train, train_labels, test, test_labels = digits
+    given = {"validation_features": train[300:], "validation_labels": train_labels[300:]}
+    parts = (train[:300], train_labels[:300], test, test_labels)
+    probe = fit_probe(*parts, seed=0, **given)
+    # The seed only splits, and nothing is split.
+    assert fit_probe(*parts, seed=1, **given).metrics == probe.metrics
+    whole = linear_probe(*digits, seed=0, l2_strengths=(probe.metrics["l2_strength"],))
+    assert probe.metrics["lp_acc1"] == pytest.approx(whole["lp_acc1"], abs=1.1 / 300)
+    left_out = fit_probe(*parts, seed=0, refit_on_validation=False, **given)
+    model = LogisticRegression(C=1 / probe.metrics["l2_strength"], max_iter=1000, tol=1e-6)
+    expected = model.fit(*parts[:2]).score(test, test_labels)
+    assert left_out.metrics["lp_acc1"] == pytest.approx(expected, abs=1.1 / 300)
+
+
+def test_the_probe_hands_out_the_scores_that_its_numbers_come_from(digits):
+    probe = fit_probe(*digits, seed=0, l2_strengths=(1.0,))
+    test, test_labels = digits[2:]
+    assert np.allclose(probe.scores, test @ probe.weights + probe.bias)
+    right = probe.classes[probe.scores.argmax(axis=1)] == test_labels
+    assert right.mean() == pytest.approx(probe.metrics["lp_acc1"])
+    recalls = [right[test_labels == label].mean() for label in range(10)]
+    assert np.mean(recalls) == pytest.approx(probe.metrics["lp_mean_per_class_recall"])
+
+
+def test_the_strength_can_be_chosen_by_the_mean_over_classes():
+    # A rare class: accuracy is best served by leaving it out, its own recall is not.
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [190, 10])
+    features = rng.normal(size=(200, 2)) + np.stack([labels * 1.5, labels * 0], axis=1)
+    parts = (features, labels, features, labels)
+    chosen = {
+        name: linear_probe(*parts, seed=0, selection_metric=name)
+        for name in ("acc1", "mean_per_class_recall")
+    }
+    for name, metrics in chosen.items():
+        assert f"validation_{name}" in metrics
+    by_recall, by_accuracy = chosen["mean_per_class_recall"], chosen["acc1"]
+    assert by_recall["lp_mean_per_class_recall"] >= by_accuracy["lp_mean_per_class_recall"]
+
+
 def test_split_is_a_partition_by_class():
     labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
     fit, held_out = stratified_split(labels, 0.2, seed=1)
@@ -112,5 +164,17 @@ def test_wrong_input_is_refused_in_a_sentence(digits):
         probe(l2_strengths=(0, 1))
     with pytest.raises(ValueError, match="l2_strengths is empty"):
         probe(l2_strengths=())
+    with pytest.raises(ValueError, match="sweep is 'fine', but it is 'clip' or 'grid'"):
+        probe(sweep="fine")
+    with pytest.raises(ValueError, match="l2_strengths is set and sweep is 'clip', which has"):
+        probe(sweep="clip", l2_strengths=(1.0,))
+    with pytest.raises(ValueError, match="validation_labels belong together: give both or neither"):
+        probe(validation_features=test)
+    with pytest.raises(ValueError, match="64 columns and validation_features 60: both must come"):
+        probe(validation_features=test[:, :60], validation_labels=test_labels)
+    with pytest.raises(ValueError, match=r"validation_labels holds 1 classes that train_labels"):
+        probe(validation_features=test, validation_labels=np.append(test_labels[:-1], 10))
+    with pytest.raises(ValueError, match="selection_metric is 'acc2', but this probe has acc1"):
+        probe(selection_metric="acc2")
     with pytest.raises(ValueError, match="No training class has two samples"):
         probe(a=train[:2], b=np.array([0, 1]), d=np.zeros(300, dtype=int))

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from declip_eval.outcomes import outcomes_path
 from declip_eval.results import (
     EvalResult,
     Provenance,
     format_results_table,
     read_result,
     result_file_name,
+    result_path,
     results_rows,
     write_result,
 )
@@ -99,7 +101,88 @@ def test_long_names_are_told_apart_by_a_hash():
     first = result_file_name(altered(dataset="d" * 300 + "a"))
     second = result_file_name(altered(dataset="d" * 300 + "b"))
     assert first != second
-    assert len(first) == 255
+    assert len(outcomes_path(first).name) == 255  # What stands beside a result fits, too.
+
+
+def test_the_prefix_of_webdatasets_is_left_away_as_in_clip_benchmark():
+    assert result_file_name(altered(dataset="wds/vtab/cifar10")) == result_file_name(
+        altered(dataset="vtab/cifar10")
+    )
+
+
+def test_few_shot_does_not_replace_the_probe(tmp_path):
+    names = [
+        write_result(altered(task="linear_probe", metrics=metrics, provenance=None), tmp_path).name
+        for metrics in (
+            {"lp_acc1": 0.5},
+            {"lp_acc1": 0.5, "fewshot_k": -1},
+            {"lp_acc1": 0.5, "fewshot_k": 4},
+            {"lp_acc1": 0.5, "fewshot_k": 16},
+        )
+    ]
+    assert names[0] == names[1]
+    assert names[2] == names[0].replace("linear_probe", "linear_probe_fewshot_4")
+    assert names[3] == names[0].replace("linear_probe", "linear_probe_fewshot_16")
+
+
+def test_an_output_is_a_folder_or_a_template(tmp_path):
+    assert result_path(RESULT, tmp_path) == tmp_path / result_file_name(RESULT)
+    template = str(tmp_path / "{model}" / "{dataset}_{task}_{language}.json")
+    path = write_result(RESULT, template)
+    expected = tmp_path / "ViT-Ti-8-48" / "demo_test_vendor_zeroshot_classification_en.json"
+    assert path == expected
+    assert read_result(path) == RESULT
+    assert result_path(RESULT, "{pretrained_full_path}.json").name == (
+        "runs_demo_export_open_clip_pytorch_model.bin.json"
+    )
+    shots = altered(task="linear_probe", metrics={"lp_acc1": 0.5, "fewshot_k": 2}, provenance=None)
+    assert result_path(shots, "{dataset}.json").name == "demo_test_vendor_fewshot_2.json"
+    above = altered(dataset="..", provenance=None)
+    assert result_path(above, str(tmp_path / "{dataset}" / "a.json")) == tmp_path / "__" / "a.json"
+    with pytest.raises(ValueError, match=r"names \{mood\}, but a template has \{model\}, "):
+        result_path(RESULT, "{mood}.json")
+    with pytest.raises(ValueError, match=r"template 'x\{model.json' has braces that do not pair"):
+        result_path(RESULT, "x{model.json")
+    with pytest.raises(ValueError, match=r"is a template, but does not end in \.json: add it"):
+        result_path(RESULT, "out/{dataset}")
+    with pytest.raises(ValueError, match="would have the same file name"):
+        write_result(altered(model="other"), expected.parent / "{dataset}_{task}_{language}.json")
+
+
+def test_a_file_of_version_1_is_still_read(tmp_path):
+    path = write_result(RESULT, tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("num_unreadable", "num_expected", "data", "bootstrap", "contamination"):
+        del content["opendeclip"][name]
+    content["opendeclip"]["schema_version"] = 1
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_result(path) == RESULT
+
+
+def test_what_is_known_of_the_data_is_kept(tmp_path):
+    provenance = dataclasses.replace(
+        PROVENANCE,
+        num_unreadable=3,
+        num_expected=1204,
+        data={"digest": "77", "layout": "webdataset", "counts": {"classes": 412}},
+        bootstrap={"seed": 0, "num_resamples": 2000, "level": 0.95},
+        contamination={"num_overlap": 2, "by_rung": {"exact": 2}, "checked": ["exact"]},
+    )
+    result = altered(provenance=provenance)
+    assert read_result(write_result(result, tmp_path)) == result
+
+
+def test_a_probe_of_clip_benchmark_is_read(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(
+        '{"dataset": "d", "model": "m", "pretrained": "p", "task": "linear_probe", '
+        '"language": "en", "metrics": {"lp_acc1": 0.63, "lp_acc5": NaN, "normalized": true, '
+        '"lp_mean_per_class_recall": 0.6, "fewshot_k": -1, "weight_decay": 0, "epochs": 10}}'
+    )
+    assert read_result(path).metrics == {
+        "lp_acc1": 0.63, "normalized": 1, "lp_mean_per_class_recall": 0.6, "fewshot_k": -1,
+        "weight_decay": 0, "epochs": 10,
+    }  # fmt: skip
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -151,6 +234,28 @@ def test_what_cannot_be_is_refused():
         Provenance(num_samples=1, intervals={"acc1": (0.5, 0.4)})
     with pytest.raises(ValueError, match="chance of acc1 is 2, but it is a fraction"):
         Provenance(num_samples=1, chance={"acc1": 2})
+    with pytest.raises(ValueError, match=r"mean_average_precision_11 is 84, but it is a fraction"):
+        altered(metrics={"mean_average_precision_11": 84}, provenance=None)
+    with pytest.raises(
+        ValueError, match="num_unreadable is 6, but it must be a whole number from "
+    ):
+        Provenance(num_samples=5, num_unreadable=6)
+    with pytest.raises(ValueError, match=r"num_expected is -1, but it must be a whole number fro"):
+        Provenance(num_samples=5, num_expected=-1)
+    with pytest.raises(
+        ValueError, match="num_trials of acc1 is 'x', but it must be a whole number"
+    ):
+        Provenance(num_samples=5, num_trials={"acc1": "x"})  # type: ignore[dict-item]
+    with pytest.raises(
+        ValueError, match=r"settings is {'seed': nan}, but it must be a dict of what"
+    ):
+        Provenance(num_samples=5, settings={"seed": float("nan")})
+    with pytest.raises(ValueError, match=r"templates is \[\], but it must be a text or None"):
+        Provenance(num_samples=5, templates=[])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"acc1 is 10{400}, but it is a fraction"):
+        altered(metrics={"acc1": 10**400})
+    with pytest.raises(ValueError, match=r"data is {'digest': .*}, but it must be a dict of what"):
+        Provenance(num_samples=5, data={"digest": (1, 2)})
     # Not a fraction, so any finite number will do.
     altered(metrics={"acc1": 0.5, "acc5": 0.5, "l2_strength": 1e6})
 
@@ -162,7 +267,7 @@ def test_what_cannot_be_is_refused():
         (lambda c: c.update(metrics=[1]), "metrics that are no object"),
         (lambda c: c["metrics"].update(acc1="high"), "acc1 is 'high', but it must be a finite"),
         (lambda c: c["opendeclip"].update(schema_version=9), "schema_version is 9, but this prog"),
-        (lambda c: c["opendeclip"].update(mood="good"), "holds 'mood', which version 1 lacks"),
+        (lambda c: c["opendeclip"].update(mood="good"), "holds 'mood', which version 2 lacks"),
         (lambda c: c["opendeclip"].update(chance=3), r"opendeclip.chance is 3, but must be an obj"),
         (lambda c: c["opendeclip"].pop("num_samples"), "num_samples"),
         (lambda c: c.update(opendeclip=[]), "schema_version is"),

@@ -43,6 +43,67 @@ def wilson_interval(
     return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
 
 
+def newcombe_interval(
+    num_both: int,
+    num_only_first: int,
+    num_only_second: int,
+    num_neither: int,
+    *,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return the interval of a difference of two paired shares, first minus second.
+
+    Newcombe (1998, Statistics in Medicine 17, 2635-2650), method 10: Wilson's intervals of the two
+    shares, put together with their correlation. It stays inside [-1, 1] and has a width even where
+    the two never differ.
+
+    Args:
+        num_both: trials that both won.
+        num_only_first: trials that the first alone won.
+        num_only_second: trials that the second alone won.
+        num_neither: trials that neither won.
+        confidence: 0 to 1, exclusive.
+
+    Returns:
+        (low, high) with low <= difference <= high.
+
+    Raises:
+        ValueError: a count below 0, no trial, or a confidence out of range.
+    """
+    counts = (num_both, num_only_first, num_only_second, num_neither)
+    total = sum(counts)
+    if min(counts) < 0 or total < 1:
+        raise ValueError(f"The counts are {counts}, but none may be below 0 and one must be above.")
+    first, second = (num_both + num_only_first) / total, (num_both + num_only_second) / total
+    first_low, first_high = wilson_interval(first, total, confidence=confidence)
+    second_low, second_high = wilson_interval(second, total, confidence=confidence)
+    correlation = _paired_correlation(*counts)
+    down = _joined(first - first_low, second_high - second, correlation)
+    up = _joined(first_high - first, second - second_low, correlation)
+    return max(-1.0, first - second - down), min(1.0, first - second + up)
+
+
+def _paired_correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
+    """Pearson's phi of two paired answers, with Newcombe's correction for continuity."""
+    margins = (
+        (both + only_first)
+        * (only_second + neither)
+        * (both + only_second)
+        * (only_first + neither)
+    )
+    if not margins:
+        return 0.0
+    cross = float(both * neither - only_first * only_second)
+    if cross > 0:
+        cross = max(cross - (both + only_first + only_second + neither) / 2, 0.0)
+    return cross / math.sqrt(margins)
+
+
+def _joined(first: float, second: float, correlation: float) -> float:
+    """Length of the difference of two correlated deviations."""
+    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
+
+
 def metric_intervals(
     metrics: Mapping[str, float], num_trials: int | Mapping[str, int]
 ) -> dict[str, tuple[float, float]]:

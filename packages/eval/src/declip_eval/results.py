@@ -19,13 +19,28 @@ from typing import Any
 TASKS: tuple[str, ...] = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe")
 """CLIP_benchmark's names of the tasks this package measures."""
 
-SCHEMA_VERSION = 1
-"""Version of what stands under `opendeclip`."""
+SCHEMA_VERSION = 2
+"""Version of what stands under `opendeclip`. Version 1 had none of the optional counts, `data`,
+`bootstrap` and `contamination`; it is still read."""
+
+OUTPUT_FIELDS: tuple[str, ...] = (
+    "model",
+    "pretrained",
+    "pretrained_full_path",
+    "task",
+    "dataset",
+    "language",
+)
+"""What a template of an output path may name in braces: CLIP_benchmark's `--output`."""
 
 _EXTRA_KEY = "opendeclip"
 _NAMES = ("dataset", "model", "pretrained", "task", "language")
-_IS_FRACTION = re.compile(r"(lp_)?(acc\d+|mean_per_class_recall)|\w+_retrieval_recall@\d+")
-_MAX_NAME_BYTES = 255
+_READ_VERSIONS = (1, SCHEMA_VERSION)
+_IS_FRACTION = re.compile(
+    r"(lp_)?(acc\d+|mean_per_class_recall|mean_acc1_acc5|roc_auc|mean_average_precision(_11)?)"
+    r"|\w+_retrieval_recall@\d+"
+)
+_MAX_STEM_BYTES = 255 - len(".outcomes.parquet")  # The longest that stands beside a result.
 
 _COLUMNS: tuple[str, ...] = (
     "metric",
@@ -72,6 +87,22 @@ class Provenance:
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     """Every other setting that a number depends on (seed, chosen L2 strength, ...)."""
 
+    num_unreadable: int | None = None
+    """Samples among `num_samples` whose picture could not be read: they count as wrong."""
+
+    num_expected: int | None = None
+    """Samples that the published split has; None where nobody published it."""
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What was evaluated on: digest, layout, split and counts, as JSON values."""
+
+    bootstrap: Mapping[str, Any] = field(default_factory=dict)
+    """How `intervals` were drawn: seed, num_resamples, level; empty for Wilson's."""
+
+    contamination: Mapping[str, Any] = field(default_factory=dict)
+    """Overlap with the training data: counts by rung, what was checked, and the metrics without
+    the overlap, as JSON values; empty where nothing was checked."""
+
     def __post_init__(self) -> None:
         """Refuse counts and levels that cannot be."""
         for name in ("num_samples", "num_classes"):
@@ -80,6 +111,16 @@ class Provenance:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but it must be a whole number from 1 on.")
+        _check_count("num_unreadable", self.num_unreadable, self.num_samples)
+        _check_count("num_expected", self.num_expected, None)
+        if self.templates is not None and not isinstance(self.templates, str):
+            raise ValueError(f"templates is {self.templates!r}, but it must be a text or None.")
+        for name in ("hashes", "versions", "settings", "data", "bootstrap", "contamination"):
+            _check_json(name, getattr(self, name))
+        for metric, trials in self.num_trials.items():
+            if trials is None:
+                raise ValueError(f"num_trials of {metric} is None, but it must be a whole number.")
+            _check_count(f"num_trials of {metric}", trials, None)
         for metric, level in self.chance.items():
             _check_number(f"chance of {metric}", level, is_fraction=True)
         for metric, ends in self.intervals.items():
@@ -141,33 +182,71 @@ class EvalResult:
 def result_file_name(result: EvalResult) -> str:
     """Return `benchmark_{dataset}_{pretrained}_{model}_{language}_{task}.json`, made safe.
 
-    A checkpoint's path is reduced to its last part, and what is not a letter, digit, point, minus
-    or underscore becomes an underscore. A name over 255 bytes is cut and gets a hash.
+    A checkpoint's path is reduced to its last part, a leading `wds/` of the dataset is left away,
+    and what is not a letter, digit, point, minus or underscore becomes an underscore. A few-shot
+    probe's name ends in `_fewshot_K`, so that it does not replace the probe on all samples. A name
+    too long for a file system (with its outcomes' suffix) is cut and gets a hash.
     """
-    pretrained = re.split(r"[/\\]", result.pretrained.rstrip("/\\"))[-1]
-    parts = (result.dataset, pretrained, result.model, result.language, result.task)
-    stem = "benchmark_" + "_".join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in parts)
-    suffix = ".json"
-    if len(stem) + len(suffix) > _MAX_NAME_BYTES:
-        digest = hashlib.sha256(stem.encode()).hexdigest()[:12]
-        stem = f"{stem[: _MAX_NAME_BYTES - len(suffix) - 13]}_{digest}"
-    return stem + suffix
+    names = _file_name_parts(result)
+    stem = "benchmark_" + "_".join(
+        names[name] for name in ("dataset", "pretrained", "model", "language", "task")
+    )
+    return _limit(stem + _fewshot_suffix(result)) + ".json"
 
 
-def write_result(result: EvalResult, folder: str | Path) -> Path:
-    """Write `result` into `folder` under its own name: at once or not at all, sorted keys.
+def result_path(result: EvalResult, output: str | Path) -> Path:
+    """Return the path of a result's file.
+
+    Args:
+        result: whose names go into it.
+        output: a folder, where the file is called `result_file_name`; or, as CLIP_benchmark's
+            `--output`, a template of the whole path: one that ends in `.json`, with any of
+            `OUTPUT_FIELDS` in braces.
+
+    Raises:
+        ValueError: braces that name something else, or do not pair.
+    """
+    text = str(output)
+    if not text.endswith(".json"):
+        if "{" in text:
+            raise ValueError(
+                f"The output {text!r} is a template, but does not end in .json: add it, or give a "
+                "folder without braces."
+            )
+        return Path(output) / result_file_name(result)
+    for name in re.findall(r"\{([^{}]*)\}", text):
+        if name not in OUTPUT_FIELDS:
+            raise ValueError(
+                f"The output {text!r} names {{{name}}}, but a template has "
+                f"{', '.join(f'{{{known}}}' for known in OUTPUT_FIELDS)}."
+            )
+    try:
+        path = Path(text.format(**_file_name_parts(result)))
+    except ValueError as error:
+        raise ValueError(
+            f"The template {text!r} has braces that do not pair: write a field as {{model}}."
+        ) from error
+    return path.with_name(_limit(path.stem + _fewshot_suffix(result)) + ".json")
+
+
+def write_result(result: EvalResult, output: str | Path) -> Path:
+    """Write `result` to its `result_path`: at once or not at all, sorted keys.
 
     Equal results give equal bytes. A file of the same dataset, weights, model, language and task is
     replaced.
+
+    Args:
+        result: what to write.
+        output: a folder, or a template of the path; see `result_path`.
 
     Returns:
         The path that was written.
 
     Raises:
         ValueError: the name is taken by a result of something else (two checkpoint paths that end
-            alike, say).
+            alike, say), or a template that cannot be filled.
     """
-    path = Path(folder) / result_file_name(result)
+    path = result_path(result, output)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         _refuse_other_identity(path, result)
@@ -187,6 +266,9 @@ def write_result(result: EvalResult, folder: str | Path) -> Path:
 def read_result(path: str | Path) -> EvalResult:
     """Read a result file, ours or CLIP_benchmark's, and check it.
 
+    CLIP_benchmark writes NaN for top-5 accuracy below five classes and true or false for a
+    setting among a probe's metrics: the first is left away, the second becomes 1 or 0.
+
     Raises:
         ValueError: not JSON, a missing or wrong value, or provenance of an unknown version.
     """
@@ -204,7 +286,7 @@ def read_result(path: str | Path) -> EvalResult:
     try:
         return EvalResult(
             **{name: content[name] for name in _NAMES},
-            metrics=content["metrics"],
+            metrics=_metrics_from_json(content),
             provenance=_provenance_from_json(content.get(_EXTRA_KEY)),
         )
     except (TypeError, ValueError) as error:
@@ -277,14 +359,26 @@ def _to_json(result: EvalResult) -> dict[str, Any]:
     return content
 
 
+def _metrics_from_json(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    metrics: Mapping[str, Any] = content["metrics"]
+    if _EXTRA_KEY in content:
+        return metrics
+    return {
+        name: int(value) if isinstance(value, bool) else value
+        for name, value in metrics.items()
+        if not (isinstance(value, float) and math.isnan(value))
+    }
+
+
 def _provenance_from_json(content: Any) -> Provenance | None:
     if content is None:
         return None
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(content, dict) or content.get("schema_version") not in _READ_VERSIONS:
         version = content.get("schema_version") if isinstance(content, dict) else content
+        known_versions = " and ".join(map(str, _READ_VERSIONS))
         raise ValueError(
-            f"{_EXTRA_KEY}.schema_version is {version!r}, but this program reads version "
-            f"{SCHEMA_VERSION}: read it with the program that wrote it, or evaluate again."
+            f"{_EXTRA_KEY}.schema_version is {version!r}, but this program reads {known_versions}: "
+            "read it with the program that wrote it, or evaluate again."
         )
     values = {name: value for name, value in content.items() if name != "schema_version"}
     known = {item.name: item for item in fields(Provenance)}
@@ -296,6 +390,35 @@ def _provenance_from_json(content: Any) -> Provenance | None:
     if "intervals" in values:
         values["intervals"] = {name: tuple(ends) for name, ends in values["intervals"].items()}
     return Provenance(**values)
+
+
+def _file_name_parts(result: EvalResult) -> dict[str, str]:
+    """What `OUTPUT_FIELDS` stand for, each safe as a part of a file name."""
+    parts = {
+        "model": result.model,
+        "pretrained": re.split(r"[/\\]", result.pretrained.rstrip("/\\"))[-1],
+        "pretrained_full_path": result.pretrained,
+        "task": result.task,
+        "dataset": result.dataset.removeprefix("wds/") or result.dataset,
+        "language": result.language,
+    }
+    safe = {name: re.sub(r"[^A-Za-z0-9._-]", "_", part) for name, part in parts.items()}
+    # A template may make a folder of a part, and one of points alone is another folder.
+    return {name: part if part.strip(".") else "_" * len(part) for name, part in safe.items()}
+
+
+def _fewshot_suffix(result: EvalResult) -> str:
+    """CLIP_benchmark's probe on all samples has a fewshot_k of -1."""
+    k = result.metrics.get("fewshot_k", -1)
+    return f"_fewshot_{int(k)}" if k > 0 else ""
+
+
+def _limit(stem: str) -> str:
+    """Cut a file's stem so that its name, and its neighbors', fit a file system (255 bytes)."""
+    if len(stem) <= _MAX_STEM_BYTES:
+        return stem
+    digest = hashlib.sha256(stem.encode()).hexdigest()[:12]
+    return f"{stem[: _MAX_STEM_BYTES - 13]}_{digest}"
 
 
 def _refuse_other_identity(path: Path, result: EvalResult) -> None:
@@ -312,9 +435,32 @@ def _refuse_other_identity(path: Path, result: EvalResult) -> None:
             )
 
 
+def _check_count(name: str, value: Any, most: int | None) -> None:
+    if value is None:
+        return
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not is_count or (most is not None and value > most):
+        limit = "" if most is None else f" to the {most} samples"
+        raise ValueError(f"{name} is {value!r}, but it must be a whole number from 0 on{limit}.")
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Refuse what JSON would not give back as it is."""
+    try:
+        is_kept = json.loads(json.dumps(dict(value), allow_nan=False)) == value
+    except (TypeError, ValueError):
+        is_kept = False
+    if not is_kept:
+        raise ValueError(
+            f"{name} is {value!r}, but it must be a dict of what JSON keeps: text, finite numbers, "
+            "lists and such dicts."
+        )
+
+
 def _check_number(name: str, value: Any, *, is_fraction: bool) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    # Compared, not converted: a whole number may be too large for a float.
+    if not is_number or not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value!r}, but it must be a finite number.")
     if is_fraction and not 0 <= value <= 1:
         raise ValueError(

@@ -117,7 +117,7 @@ def retrieval_from_scores(
             f"image_to_text has shape {of_images.shape} and text_to_image {of_texts.shape}: the "
             "second needs one row a text and one column an image."
         )
-    image_of_pair, text_of_pair = _pairs_of_images(image_to_texts, *of_images.shape)
+    image_of_pair, text_of_pair = pairs_of_images(image_to_texts, *of_images.shape)
     ranks = RetrievalRanks(
         of_texts=_ranks(blocks_of_rows(of_texts, chunk_rows), text_of_pair, image_of_pair),
         of_images=_ranks(blocks_of_rows(of_images, chunk_rows), image_of_pair, text_of_pair),
@@ -143,7 +143,7 @@ def retrieval_ranks(
     images = check_features(image_features, "image_features")
     texts = check_features(text_features, "text_features")
     check_same_dim(images, texts, "image_features", "text_features")
-    image_of_pair, text_of_pair = _pairs_of_images(image_to_texts, len(images), len(texts))
+    image_of_pair, text_of_pair = pairs_of_images(image_to_texts, len(images), len(texts))
     images, texts = normalize_rows(images), normalize_rows(texts)
     return RetrievalRanks(
         of_texts=_ranks(score_blocks(texts, images, chunk_rows), text_of_pair, image_of_pair),
@@ -200,9 +200,19 @@ def _ranks(
     return ranks
 
 
-def _pairs_of_images(
+def pairs_of_images(
     image_to_texts: Positives, num_images: int, num_texts: int
 ) -> tuple[IntArray, IntArray]:
+    """Return the distinct right (image, text) pairs as two arrays (num_pairs,) of row numbers.
+
+    Args:
+        image_to_texts: for each image the rows of its texts.
+        num_images: rows of images.
+        num_texts: rows of texts.
+
+    Raises:
+        ValueError: not one entry an image, a text out of range, or a sample without a partner.
+    """
     if len(image_to_texts) != num_images:
         raise ValueError(
             f"image_to_texts has {len(image_to_texts)} entries for {num_images} images: give one "

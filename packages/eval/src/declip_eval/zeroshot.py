@@ -110,7 +110,7 @@ def zeroshot_classification(
         ValueError: shapes that do not fit, NaN, or a label that is no class.
     """
     images = check_features(image_features, "image_features")
-    weights = _check_classifier(classifier, images.shape[1])
+    weights = check_classifier(classifier, images.shape[1])
     num_classes = weights.shape[0]
     truth = check_labels(labels, images.shape[0], "labels")
     if truth.max() >= num_classes:
@@ -317,8 +317,13 @@ def _encode(encode_text: EncodeText, prompts: list[str]) -> NDArray[np.float32]:
     return normalize_rows(features).astype(np.float32)
 
 
-def _check_classifier(classifier: NDArray[Any], dim: int) -> NDArray[np.float64]:
-    """Return the classifier as (num_classes, dim) float64 rows."""
+def check_classifier(classifier: NDArray[Any], dim: int) -> NDArray[np.float64]:
+    """Return a classifier (dim, num_classes) as float64 rows (num_classes, dim), or refuse it.
+
+    Raises:
+        ValueError: it does not fit features of `dim` columns, is not finite, or has columns of
+            another length than 1 (or 0).
+    """
     weights = check_features(np.asarray(classifier).T, "classifier (transposed)")
     if weights.shape[1] != dim:
         raise ValueError(

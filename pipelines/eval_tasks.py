@@ -1,0 +1,479 @@
+"""One evaluation after the other: every model on every dataset, in every language, by every task.
+
+A dataset that is missing or wrong is told and left out, and the others go on; no number is ever
+made of a part of one. A result that stands and was made of the same weights, data, prompts and
+settings is kept.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from declip_eval.class_order import table_names
+from declip_eval.labelled_sets import (
+    LabelledSet,
+    MissingDatasetError,
+    check_against,
+    open_labelled_set,
+)
+from declip_eval.outcomes import outcomes_path, write_outcomes
+from declip_eval.results import EvalResult, result_path, write_result
+from declip_eval.templates import TEMPLATE_SETS, get_templates
+from declip_shards import DeclipError
+from declip_shards.store import atomic_write
+from pipelines.eval_examples import examples_path, save_examples
+from pipelines.eval_features import FeatureWork, PictureSet
+from pipelines.eval_jobs import Job
+from pipelines.eval_measures import (
+    STEPS,
+    Measured,
+    Subject,
+    few_shot_probes,
+    linear_probe,
+    prompts_of,
+    zeroshot_classification,
+    zeroshot_retrieval,
+)
+from pipelines.eval_options import PROBES, EvalOptions
+from pipelines.eval_overlap import OverlapSearch, with_overlap
+from pipelines.eval_ranks import Ranks
+from pipelines.eval_records import ResultPlan
+
+if TYPE_CHECKING:
+    from pipelines.eval_models import EvalModel
+    from pipelines.eval_views import Views
+
+log = logging.getLogger(__name__)
+SUMMARY = "eval_summary.jsonl"
+"""Beside the results: what became of every evaluation, one a line. Not .json: CLIP_benchmark's
+``build`` reads every such file of a folder as a result."""
+SCHEMA_VERSION = 1
+"""Of the summary's lines."""
+_KEY = ("model", "dataset", "language", "task")
+DONE, KEPT, MISSING, FAILED, OTHER_KIND = "done", "kept", "missing", "failed", "other_kind"
+"""What became of an evaluation; other_kind: the dataset is not of the task's kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What became of one model on one dataset by one task."""
+
+    model: str
+    """As it was asked for."""
+    dataset: str
+    task: str
+    language: str
+    status: str
+    note: str = ""
+    """Why there is no result."""
+    results: tuple[str, ...] = ()
+    """Their files, relative to the summary's folder where they lie in it."""
+    num_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that an evaluation comes to."""
+
+    entries: list[Entry]
+    results: list[EvalResult]
+    """Those computed now and those kept, in the order of the entries."""
+
+
+class Evaluation:
+    """Runs what the options ask for.
+
+    Args:
+        options: of the command.
+        jobs: the datasets.
+        ranks: this process and the others.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        load: makes a model of a specification.
+    """
+
+    def __init__(
+        self,
+        options: EvalOptions,
+        jobs: Sequence[Job],
+        ranks: Ranks,
+        device: str,
+        load: "Callable[[str], EvalModel]",
+    ) -> None:
+        self.options, self.ranks, self.device, self.load = options, ranks, device, load
+        self.jobs = jobs
+        self.features = Path(options.feature_root)
+        self.folder = output_folder(options.output)
+        self._opened: tuple[Job | None, dict[str, LabelledSet]] = (None, {})
+        self.overlaps: OverlapSearch | None = None
+        if options.train_data is not None:
+            self.overlaps = OverlapSearch(
+                train_root=options.train_data,
+                selection=options.train_selection,
+                embeddings=options.train_embeddings,
+                root=self.features,
+                chunk_images=options.chunk_images,
+                ranks=ranks,
+                device=device,
+                num_threads=options.num_workers or num_cores(ranks),
+            )
+
+    def run(self) -> Report:
+        """Evaluate everything; rank 0 writes results and the summary.
+
+        Raises:
+            DeclipError: a model cannot be loaded, and it is the only one; or there is no such
+                training data.
+        """
+        report = Report([], [])
+        if self.overlaps is not None:
+            self.overlaps.key()  # Training data that is not there is told before hours of work.
+        for number, spec in enumerate(self.options.models):
+            try:
+                model = self.load(spec)
+            except (DeclipError, ValueError) as error:
+                if len(self.options.models) == 1:
+                    raise DeclipError(str(error)) from error
+                self._note_model(report, spec, str(error))
+                continue
+            for job_number, job in enumerate(self.jobs):
+                for task_number, task in enumerate(self.options.tasks):
+                    place = (number * len(self.jobs) + job_number) * len(self.options.tasks)
+                    place = (place + task_number) * STEPS + 1
+                    self._run_one(report, spec, model, job, task, place)
+        self._write_summary(report.entries)
+        return report
+
+    def _note_model(self, report: Report, spec: str, note: str) -> None:
+        for job in self.jobs:
+            for task in self.options.tasks:
+                entry = Entry(
+                    model=spec,
+                    dataset=job.dataset,
+                    task=task,
+                    language=job.language,
+                    status=FAILED,
+                    note=note,
+                )
+                report.entries.append(entry)
+        self._tell(f"{spec}: {note}")
+
+    def _run_one(
+        self, report: Report, spec: str, model: "EvalModel", job: Job, task: str, place: int
+    ) -> None:
+        """One entry more, whatever becomes of it."""
+        if task == "auto" and job.info is not None:
+            task = auto_task(job.info.kind)
+        entry = Entry(
+            model=spec, dataset=job.dataset, task=task, language=job.language, status=FAILED
+        )
+        try:
+            test = self._open(job, self.options.test_split or "test")
+            task = auto_task(test.kind) if task == "auto" else task
+            entry = dataclasses.replace(entry, task=task, num_samples=len(test))
+            entry, results = self._evaluate(entry, model, job, test, place)
+            report.results.extend(results)
+        except MissingDatasetError as error:
+            entry = dataclasses.replace(entry, status=MISSING, note=str(error))
+        except (DeclipError, ValueError, OSError) as error:
+            entry = dataclasses.replace(entry, note=str(error))
+        except (RuntimeError, MemoryError) as error:
+            # Of torch, as a GPU without room: the others go on, but where it came from is told.
+            log.exception("%s %s", job.dataset, task)
+            entry = dataclasses.replace(entry, note=f"{type(error).__name__}: {error}")
+        report.entries.append(entry)
+        self._write_summary(report.entries)
+        told = entry.note or f"{entry.status}{_samples_text(entry)}"
+        self._tell(f"{job.dataset} {entry.task}: {told}")
+
+    def _tell(self, line: str) -> None:
+        if self.ranks.rank == 0:
+            log.info("%s", line)
+
+    def _evaluate(
+        self, entry: Entry, model: "EvalModel", job: Job, test: LabelledSet, place: int
+    ) -> tuple[Entry, list[EvalResult]]:
+        """Check, measure, write.
+
+        Raises:
+            DeclipError, ValueError, OSError: the dataset, or the model on it, is wrong.
+        """
+        task = entry.task
+        wrong = wrong_kind(task, test)
+        if wrong:
+            return dataclasses.replace(entry, status=OTHER_KIND, note=wrong), []
+        subject = self._subject(model, job, task, test, place)
+        overlap_key = self.overlaps.key() if self.overlaps is not None else None
+        plan = ResultPlan.make(subject, job, task, self.options, overlap_key)
+        plan.refuse_taken(self.options)
+        kept = None if self.options.overwrite else plan.standing(self.options)
+        if kept is not None:
+            names = tuple(self._shown(path) for path in plan.paths(self.options))
+            return dataclasses.replace(entry, status=KEPT, results=names), kept
+        measured = measure(subject, task)
+        overlap = None
+        if self.overlaps is not None:
+            overlap = self.overlaps.find(test, place + STEPS - 1)
+        if self.ranks.rank != 0:
+            return dataclasses.replace(entry, status=DONE), []
+        results, paths = [], []
+        for one in measured:
+            record: dict[str, Any] = {}
+            if overlap is not None:
+                one, record = with_overlap(
+                    one,
+                    overlap,
+                    test,
+                    seed=self.options.seed,
+                    num_resamples=self.options.num_resamples,
+                )
+            result = plan.result(subject, one, self.options, record)
+            path = self._write(result, one, subject)
+            results.append(result)
+            paths.append(self._shown(path))
+        return dataclasses.replace(entry, status=DONE, results=tuple(paths)), results
+
+    def _open(self, job: Job, split: str) -> LabelledSet:
+        """A split, checked against the table; opened once for all tasks of a job."""
+        if self._opened[0] is not job:
+            self._opened = job, {}
+        opened = self._opened[1]
+        if split not in opened:
+            opened[split] = self._open_anew(job, split)
+        return opened[split]
+
+    def _open_anew(self, job: Job, split: str) -> LabelledSet:
+        options = self.options
+        is_set = options.templates in TEMPLATE_SETS
+        data = open_labelled_set(
+            options.dataset_root,
+            job.dataset,
+            split,
+            info=job.info,
+            class_names_file=options.classnames,
+            templates_file=None if is_set else options.templates,
+            language=job.language,
+            cache=options.data_cache,
+        )
+        if is_set and options.templates is not None and data.kind != "retrieval":
+            data = dataclasses.replace(data, templates=get_templates(options.templates))
+        check_against(job.info, data)
+        return data
+
+    def _subject(
+        self, model: "EvalModel", job: Job, task: str, test: LabelledSet, place: int
+    ) -> Subject:
+        options = self.options
+        is_probe = task in PROBES
+        work = FeatureWork(
+            model=model,
+            root=self.features,
+            batch_size=options.batch_size,
+            chunk_images=options.chunk_images,
+            device=self.device,
+            ranks=self.ranks,
+            read_views=self._read_views(model),
+        )
+        return Subject(
+            work=work,
+            options=options,
+            info=job.info,
+            test=test,
+            train=self._open(job, job.train_split) if is_probe else None,
+            validation=self._open(job, job.val_split) if is_probe and job.val_split else None,
+            val_proportion=job.val_proportion,
+            place=place,
+        )
+
+    def _read_views(
+        self, model: "EvalModel"
+    ) -> "Callable[[PictureSet, int, int], tuple[Views, list[str | None]]] | None":
+        """Views through their cache; None where none are kept."""
+        limit = int(self.options.view_cache_gb * 10**9)
+        if not limit:
+            return None
+        from pipelines.eval_views import ViewCache
+
+        # By the set itself, whose digest takes long; it is kept, so that no other gets its number.
+        caches: dict[int, tuple[PictureSet, ViewCache]] = {}
+        num_threads = self.options.num_workers or num_cores(self.ranks)
+
+        def read(data: PictureSet, start: int, stop: int) -> "tuple[Views, list[str | None]]":
+            if id(data) not in caches:
+                folder = self.features / "views"
+                cache = ViewCache(folder, data.digest(), model.preparation, limit)
+                caches[id(data)] = data, cache
+            return caches[id(data)][1].get(
+                start, stop, lambda: data.read_images(range(start, stop)), num_threads
+            )
+
+        return read
+
+    def _write(self, result: EvalResult, measured: Measured, subject: Subject) -> Path:
+        """The outcomes and examples, and then the result, which is the mark that they are there."""
+        path = result_path(result, self.options.output)
+        with locked(path.parent):
+            for old in (path, outcomes_path(path), examples_path(path)):
+                old.unlink(missing_ok=True)
+            if len(measured.outcomes) == 1:
+                write_outcomes(measured.outcomes[0], outcomes_path(path))
+            if self.options.num_examples:
+                save_examples(
+                    path,
+                    subject.test,
+                    measured.outcomes[0],
+                    shown_names(subject, measured),
+                    most=self.options.num_examples,
+                    seed=self.options.seed,
+                    candidates=_candidates(subject, measured),
+                )
+            return write_result(result, self.options.output)
+
+    def _shown(self, path: Path) -> str:
+        try:
+            return path.relative_to(self.folder).as_posix()
+        except ValueError:
+            return path.as_posix()
+
+    def _write_summary(self, entries: Sequence[Entry]) -> None:
+        """Tell what has become of everything until now, in this folder."""
+        if self.ranks.rank != 0:
+            return
+        told = [{"schema_version": SCHEMA_VERSION} | dataclasses.asdict(entry) for entry in entries]
+        keys = {tuple(entry[name] for name in _KEY) for entry in told}
+        # Before a set is opened it may not be known which task auto is.
+        keys |= {(*key[:-1], "auto") for key in keys}
+        path = self.folder / SUMMARY
+        with locked(self.folder):
+            # What was evaluated into this folder before, or is at this time by another process,
+            # and is not evaluated now, still stands there.
+            older = [
+                entry
+                for entry in read_summary(path)
+                if tuple(entry.get(name) for name in _KEY) not in keys
+            ]
+            lines = [
+                json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in [*older, *told]
+            ]
+            atomic_write(path, "".join(line + "\n" for line in lines).encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time write into a folder, where its disk knows locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_summary(path: Path) -> list[dict[str, Any]]:
+    """The entries of a summary; none where there is no such file. Damaged lines are passed over."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "status" in entry:
+                entries.append(entry)
+    return entries
+
+
+def measure(subject: Subject, task: str) -> list[Measured]:
+    """Do a task; nothing on ranks other than 0."""
+    if task == "few_shot":
+        return few_shot_probes(subject) or []
+    do = {
+        "zeroshot_classification": zeroshot_classification,
+        "zeroshot_retrieval": zeroshot_retrieval,
+        "linear_probe": linear_probe,
+    }[task]
+    measured = do(subject)
+    return [] if measured is None else [measured]
+
+
+def auto_task(kind: str) -> str:
+    """The zero-shot task of a kind of dataset."""
+    return "zeroshot_retrieval" if kind == "retrieval" else "zeroshot_classification"
+
+
+def wrong_kind(task: str, data: LabelledSet) -> str:
+    """Why a task cannot be done on a dataset; empty where it can."""
+    if task == "zeroshot_retrieval" and data.kind != "retrieval":
+        return f"{data.name} has classes and no captions to retrieve by."
+    if task != "zeroshot_retrieval" and data.kind == "retrieval":
+        return f"{data.name} has captions and no classes for {task}."
+    if task == "few_shot" and data.kind == "multilabel":
+        return f"{data.name} has several classes a picture, and few_shot draws samples by class."
+    return ""
+
+
+def exit_status(entries: Sequence[Entry], *, allow_missing: bool) -> int:
+    """0 where all that was asked for is there, else 1.
+
+    A task that does not fit a dataset's kind is no fault where another task on it was done.
+    """
+    done = {(e.model, e.dataset) for e in entries if e.status in (DONE, KEPT)}
+    for entry in entries:
+        if entry.status == FAILED or (entry.status == MISSING and not allow_missing):
+            return 1
+        if entry.status == OTHER_KIND and (entry.model, entry.dataset) not in done:
+            return 1
+    return 0
+
+
+def output_folder(output: str) -> Path:
+    """Where the summary goes: the results' folder; for a template the part without braces."""
+    if not output.endswith(".json"):
+        return Path(output)
+    folder = Path(output).parent
+    while "{" in str(folder):
+        folder = folder.parent
+    return folder
+
+
+def num_cores(ranks: Ranks) -> int:
+    """Cores of this machine for each of its ranks."""
+    local = ranks.size if ranks.folder is not None else 1
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def _candidates(subject: Subject, measured: Measured) -> Sequence[Sequence[int]] | None:
+    """For each class of the set the rows that prompts were made for; None where they are its own.
+
+    A probe learns the set's own classes, whatever it is asked with.
+    """
+    if measured.task != "zeroshot_classification" or subject.info is None:
+        return None
+    return subject.info.candidates
+
+
+def shown_names(subject: Subject, measured: Measured) -> Sequence[Sequence[str]] | None:
+    """Names of the classes that answers are told in, for pages."""
+    test, info = subject.test, subject.info
+    if test.kind == "retrieval":
+        return None
+    if _candidates(subject, measured) is not None:
+        return prompts_of(subject)[0]
+    names = test.class_names
+    if info is not None and info.candidates is not None:
+        names = test.label_names or table_names(info)
+    numbers = range(len(names or ()), test.num_classes or 0)
+    return [*(names or ()), *((f"class {number}",) for number in numbers)]
+
+
+def _samples_text(entry: Entry) -> str:
+    return f", {entry.num_samples:,} pictures" if entry.num_samples is not None else ""

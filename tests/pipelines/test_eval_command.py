@@ -1,0 +1,123 @@
+"""declip eval, with a real model, alone and in several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_sets import write_colors, write_pairs
+
+from declip_shards import DeclipError
+from declip_train.export import PreprocessSettings, export_open_clip
+from declip_train.model_config import get_model_config
+from declip_train.towers import CLIP
+from pipelines.eval_command import main
+from pipelines.eval_tasks import SUMMARY
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    write_colors(root / "sets/colors", num_test=40, num_train=24)
+    write_pairs(root / "sets/pairs")
+    model = CLIP(get_model_config("test"), generator=torch.Generator().manual_seed(0)).eval()
+    export_open_clip(model, None, root / "export", PreprocessSettings(), {"model": "test"})
+    return root
+
+
+def words(root, name, *more):
+    return [
+        f"--model={root / 'export'}",
+        *("--dataset", "colors", "pairs"),
+        *("--task", "auto", "linear_probe", "--recall-k", "1", "5"),
+        f"--dataset-root={root / 'sets'}",
+        f"--output={root / name / 'out'}",
+        f"--feature-root={root / name / 'features'}",
+        *("--batch-size", "4", "--chunk-images", "8", "--device", "cpu"),
+        *("--num-resamples", "100", "--num-examples", "4", *more),
+    ]
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """What one process writes."""
+    assert main(words(root, "alone")) == 0
+    return contents(root / "alone/out"), contents(root / "alone/features")
+
+
+def test_a_table_is_printed_and_a_second_run_keeps_everything(root, alone, capsys):
+    assert main(words(root, "alone")) == 0
+    printed = capsys.readouterr().out
+    assert "lp_acc1" in printed
+    assert "image_retrieval_recall@5" in printed
+    assert "other_kind: pairs (linear_probe" in printed
+    after = contents(root / "alone/out")
+    assert after.pop(SUMMARY).count(b'"kept"') == 3
+    before = dict(alone[0])
+    before.pop(SUMMARY)
+    assert after == before
+    assert main([*words(root, "alone"), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_missing_dataset_gives_status_1_unless_allowed(root, alone, capsys):
+    more = [*words(root, "alone"), "--dataset", "pairs", "mnist", "--task", "auto"]
+    assert main(more) == 1
+    assert "missing: mnist" in capsys.readouterr().out
+    assert main([*more, "--allow-missing"]) == 0
+
+
+def test_faults_are_refused_before_anything_is_done(root, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for more, sentence in (
+        (["--dataset", "colrs"], "colrs"),
+        ([f"--feature-root={tmp_path / 'file'}"], "cannot be made a folder"),
+        ([f"--model={tmp_path}"], "is no model"),
+    ):
+        with pytest.raises(DeclipError, match=sentence):
+            main([*words(root, "refused"), *more])
+    assert not (root / "refused/out").exists()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeclipError, match="leave --num-ranks out"):
+        main(words(root, "refused", "--num-ranks", "2"))
+
+
+@pytest.mark.distributed
+def test_two_and_three_processes_give_the_same_bytes_also_after_a_kill(root, alone, caplog):
+    for size in (2, 3):
+        name = f"ranks_{size}"
+        assert main(words(root, name, "--num-ranks", str(size))) == 0
+        assert contents(root / name / "out") == alone[0]
+        assert contents(root / name / "features") == alone[1]
+    assert "ended with status" not in caplog.text, "each rank has done its part"
+    features = root / "killed/features"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.eval_command", *words(root, "killed")],
+        env=environment,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(list(features.rglob("*.npz"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(words(root, "killed")) == 0
+    # What stood when it was killed says kept, where it had come so far.
+    results, before = contents(root / "killed/out"), dict(alone[0])
+    results.pop(SUMMARY), before.pop(SUMMARY)
+    assert results == before
+    assert contents(features) == alone[1]
