@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from declip_shards import DeclipError, Store, manifest
@@ -10,7 +10,13 @@ from pipelines.arguments import ArgumentParser
 from pipelines.card_facts import gather_card_facts
 from pipelines.model_card import model_card
 from pipelines.runner import check_location
-from pipelines.stored_results import StoredResult, load_results, only_model, refuse_doubles
+from pipelines.stored_results import (
+    TASK_TITLES,
+    StoredResult,
+    load_results,
+    only_model,
+    refuse_doubles,
+)
 from pipelines.table_command import write_text
 
 CARD = "README.md"
@@ -72,7 +78,16 @@ def _results(run: str, places: Sequence[str] | None, model: str | None) -> list[
     chosen = only_model(found, model, "--model")
     found = [stored for stored in found if stored.model == chosen]
     refuse_doubles(found)
-    return sorted(found, key=lambda stored: (stored.result.task, stored.shots or 0, stored.dataset))
+    return in_order(found)
+
+
+def in_order(results: Iterable[StoredResult]) -> list[StoredResult]:
+    """Results by task, as tables have them, then by shots and dataset."""
+    tasks = list(TASK_TITLES)
+    return sorted(
+        results,
+        key=lambda stored: (tasks.index(stored.result.task), stored.shots or 0, stored.dataset),
+    )
 
 
 def check_weights(store: Store, results: Sequence[StoredResult]) -> list[str]:

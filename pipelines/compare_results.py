@@ -266,9 +266,10 @@ def _compare_pair(
     num_resamples: int,
     without: bool,
 ) -> list[Comparison]:
-    metrics = [name for name in a.metrics if b.value(name) is not None]
-    if not all_metrics:
-        metrics = [] if a.main_metric is None else [a.main_metric]
+    # The main one first: it may be no number of the file, but a mean of two.
+    metrics = list(filter(None, [a.main_metric]))
+    if all_metrics:
+        metrics = list(dict.fromkeys([*metrics, *a.metrics]))
     outcomes, why = _outcomes_of_both(a, b)
     differs = tuple(_differences(a, b))
     found = []

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip_train.resnet import AttentionPool
 from declip_train.transformer import Attention
 
 _ROWS = 800
@@ -88,6 +89,9 @@ def pack_linears(module: nn.Module, device: str) -> int:
         return 0
     number = 0
     for name, layer in list(module.named_children()):
+        if isinstance(layer, AttentionPool):
+            # A ResNet's: it multiplies by the weights of its layers itself.
+            continue
         linear = _linear_of(layer)
         packed = None if linear is None else _packed(linear)
         child: nn.Module = layer

@@ -132,7 +132,9 @@ def _value_cell(cell: Cell) -> html.Markup:
 
 def _charts(table: TaskTable) -> list[html.Markup]:
     """A radar where there are datasets enough, and points with intervals."""
-    rows = [row for row in table.rows if row.num_there]
+    # A paper's single number of many would fill the chart with gaps: the table has it.
+    most = max((row.num_there for row in table.rows), default=0)
+    rows = [row for row in table.rows if row.num_there > (most / 2 if row.is_published else 0)]
     # Where not all fit: the measured ones, and the papers' that have most numbers here.
     rows = sorted(rows, key=lambda row: (row.is_published, row.is_published * -row.num_there))
     rows = rows[:MAX_SERIES]

@@ -151,11 +151,15 @@ def evaluate(stage: EvaluateModel) -> TaskStats:
         result, outcomes, rows = retrieval_task(stage, data, scoring, split)
         found.append((result, outcomes))
         retrieved += rows
+    found = [
+        (with_identity(stage, result, outcomes, store, encoder), outcomes)
+        for result, outcomes in found
+    ]
     results = [result for result, _ in found]
     folder = store.local_path("eval")
     folder.mkdir(parents=True, exist_ok=True)
     for result, outcomes in found:
-        path = write_result(with_identity(stage, result, outcomes, store, encoder), folder)
+        path = write_result(result, folder)
         files.append(f"eval/{path.name}")
         files.append(f"eval/{write_outcomes(outcomes, outcomes_path(path)).name}")
     for name, rows in (("predictions", predictions), ("retrieval", retrieved)):

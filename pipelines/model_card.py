@@ -7,11 +7,13 @@ came with the data is escaped: a license called `<script>` is shown as that.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipelines import __version__
-from pipelines.card_facts import MOST_VALUES, STEPS, CardFacts, PairCounts
+from pipelines.card_facts import MOST_VALUES, STEPS, CardFacts, Compute, PairCounts
 from pipelines.markdown_text import markdown_table, plain
 from pipelines.stored_results import StoredResult, overlap_text
 
@@ -36,6 +38,8 @@ def model_card(
     facts: CardFacts,
     results: Sequence[StoredResult],
     unmatched: Sequence[str] = (),
+    *,
+    with_times: bool = True,
 ) -> str:
     """Write a card.
 
@@ -44,22 +48,43 @@ def model_card(
         facts: what the run's folder says.
         results: of its evaluation; none is said to be none.
         unmatched: datasets of results that may be of other weights.
+        with_times: say what only the run's log and records know: seconds, speed, the last loss.
+            Without, equal runs have equal cards.
     """
+    if not with_times:
+        facts = _without_records(facts)
     parts = [
         front_matter(name, facts, results),
         f"# {plain(name)}\n",
         "Written by `declip card` from the files of the run. What they do not say is called "
-        "unknown.\n",
+        "unknown.\n"
+        if with_times
+        else "Written from the files of the run; `declip card` adds times and speed. What the "
+        "files do not say is called unknown.\n",
         *_model_part(facts),
         *_data_part(facts),
         *_filter_part(facts),
         *_license_part(facts),
-        *_training_part(facts),
+        *_training_part(facts, with_times),
         *_results_part(results),
         *_limits_part(facts, results, unmatched),
-        *_identity_part(facts),
+        *_identity_part(facts, with_times),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _without_records(facts: CardFacts) -> CardFacts:
+    """Facts of hashed files alone: settings and steps out of training's manifest."""
+    trained = facts.manifests.get("train")
+    if trained is None:
+        return replace(facts, compute=Compute(), seconds={})
+    steps, seen = trained.extra.get("num_steps"), trained.extra.get("samples_seen")
+    return replace(
+        facts,
+        settings=trained.settings,
+        compute=Compute(steps=steps, samples_seen=seen),
+        seconds={},
+    )
 
 
 def front_matter(name: str, facts: CardFacts, results: Sequence[StoredResult]) -> str:
@@ -92,7 +117,15 @@ def _index_entries(results: Sequence[StoredResult]) -> Iterator[str]:
 
 
 def _yaml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=True)
+    """JSON whose escapes YAML reads alike: JSON writes what lies above U+FFFF as two halves."""
+    return re.sub("[^ -~]", _escape, json.dumps(value, ensure_ascii=False))
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xD800 <= code <= 0xDFFF:  # Half a character, which no file can hold.
+        code = 0xFFFD
+    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
 def _facts_table(rows: Sequence[tuple[str, object]]) -> str:
@@ -227,7 +260,7 @@ def _counts_table(title: str, counts: PairCounts) -> str:
     return markdown_table([title, "pairs downloaded", "pairs trained on"], rows) + "\n"
 
 
-def _training_part(facts: CardFacts) -> list[str]:
+def _training_part(facts: CardFacts, with_times: bool) -> list[str]:
     settings, compute, export = _public(facts.settings), facts.compute, facts.export
     rows: list[tuple[str, object]] = [
         (name.replace("_", " "), settings[name])
@@ -235,16 +268,17 @@ def _training_part(facts: CardFacts) -> list[str]:
         if settings.get(name) not in (None, "", [])
     ]
     hours = None if compute.seconds is None else f"{compute.seconds / 3600:.2f}"
+    speed, loss = compute.samples_per_second, compute.last_loss
+    logged: list[tuple[str, object]] = [
+        ("hours of steps, by the log", hours),
+        ("samples a second, median", None if speed is None else f"{speed:,.0f}"),
+        ("loss at the end", None if loss is None else f"{loss:.4f}"),
+    ]
     took: list[tuple[str, object]] = [
         ("steps", _count(compute.steps or export.get("steps"))),
         ("samples seen", _count(compute.samples_seen)),
         ("processes", export.get("world_size") or settings.get("num_ranks")),
-        ("hours of steps, by the log", hours),
-        (
-            "samples a second, median",
-            None if compute.samples_per_second is None else f"{compute.samples_per_second:,.0f}",
-        ),
-        ("loss at the end", None if compute.last_loss is None else f"{compute.last_loss:.4f}"),
+        *(logged if with_times else []),
         ("communication", export.get("backend")),
         ("versions", export.get("versions")),
         ("kind of processors, energy and emissions", None),
@@ -340,7 +374,7 @@ def _limits_part(
     return ["## Limits\n", "\n".join(f"- {plain(limit, 2_000)}" for limit in limits) + "\n"]
 
 
-def _identity_part(facts: CardFacts) -> list[str]:
+def _identity_part(facts: CardFacts, with_times: bool) -> list[str]:
     rows = [
         [
             plain(step),
@@ -348,20 +382,25 @@ def _identity_part(facts: CardFacts) -> list[str]:
             f"{done.num_out:,}",
             f"`{done.fingerprint[:16]}`",
             f"`{facts.manifest_hashes[step][:16]}`",
-            f"{facts.seconds[step]:,.0f}" if step in facts.seconds else UNKNOWN,
+            *([_seconds(facts, step)] if with_times else []),
             plain(done.code_version),
         ]
         for step, done in facts.manifests.items()
     ]
     parts = ["## Where it comes from\n"]
     if rows:
-        columns = ["step", "in", "out", "fingerprint", "sha256 of its manifest", "seconds", "code"]
+        columns = ["step", "in", "out", "fingerprint", "sha256 of its manifest"]
+        columns += ["seconds", "code"] if with_times else ["code"]
         parts.append(markdown_table(columns, rows) + "\n")
     missing = [step for step in STEPS if step not in facts.manifests]
     if missing:
         parts.append(f"Steps without a record here: {', '.join(missing)}.\n")
     parts.append(f"Card by opendeclip {plain(__version__)}.\n")
     return parts
+
+
+def _seconds(facts: CardFacts, step: str) -> str:
+    return f"{facts.seconds[step]:,.0f}" if step in facts.seconds else UNKNOWN
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,9 +176,11 @@ def listing() -> str:
 
 
 def finish(pipeline: Pipeline) -> None:
-    """Print what a run is for: the table of results and the path of the report."""
+    """Print what a run is for: the table of results and the paths of report and model card."""
     store = Store(pipeline.root)
     if store.exists("eval/table.txt"):
         print("\n" + store.read_bytes("eval/table.txt").decode().rstrip())
     if store.exists("report/report.html"):
         print(f"\nReport: {store.path('report/report.html')}")
+    if store.exists("report/model_card.md"):
+        print(f"Model card: {store.path('report/model_card.md')}")

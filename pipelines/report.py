@@ -17,6 +17,7 @@ from pipelines.runner import read_run_record
 from pipelines.sheets import pictures_of_keys
 
 PATH = "report/report.html"
+CARD_PATH = "report/model_card.md"
 NEIGHBORS_SHOWN = 3
 """Of each sample: what fits into a row at 1,280 pixels."""
 
@@ -46,6 +47,8 @@ class WriteReport:
 
     num_cpus: ClassVar[float] = 1
     num_gpus: ClassVar[float] = 0
+    VOLATILE_RESULTS: ClassVar[Sequence[str]] = (PATH,)
+    """Files without a hash that are what the step is for: if one is lost, it runs again."""
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "num_neighbors", "num_predictions", "num_queries"):
@@ -59,7 +62,8 @@ class WriteReport:
         return ["all"]
 
     def is_done(self, task: str) -> bool:
-        return Store(self.root).exists(PATH)
+        store = Store(self.root)
+        return store.exists(PATH) and store.exists(CARD_PATH)
 
     def worker(self) -> Callable[[str], TaskStats]:
         return lambda task: write_report(self)
@@ -81,7 +85,10 @@ class Facts:
 
 
 def write_report(stage: WriteReport) -> TaskStats:
-    """Write ``report/report.html``. It holds times, so the manifest names it without a hash."""
+    """Write ``report/report.html`` and ``report/model_card.md``.
+
+    The page holds times, so the manifest names it without a hash; the card leaves them out.
+    """
     facts = gather(Store(stage.root), stage.selection)
     plans = [
         kept_and_dropped(stage, facts),
@@ -107,8 +114,44 @@ def write_report(stage: WriteReport) -> TaskStats:
         summary=[html.stat_tiles(tiles(facts))],
         footer="Written by opendeclip. Everything is inside this file; nothing is fetched.",
     )
+    card = card_of_run(facts.store)
     facts.store.write_bytes(PATH, page.encode())
-    return TaskStats(num_in=len(facts.rows), num_out=len(facts.rows), volatile_files=(PATH,))
+    facts.store.write_bytes(CARD_PATH, card.encode())
+    return TaskStats(
+        num_in=len(facts.rows),
+        num_out=len(facts.rows),
+        files=(CARD_PATH,),
+        volatile_files=(PATH,),
+    )
+
+
+def card_of_run(store: Store) -> str:
+    """The run's model card, without times: an equal run in another folder has the same bytes."""
+    # Here, for a help line needs neither the datasets' table nor the published results.
+    from pipelines.card_command import in_order
+    from pipelines.card_facts import gather_card_facts
+    from pipelines.model_card import model_card
+    from pipelines.stored_results import load_results
+
+    results = in_order(load_results([store.local_path(path) for path in result_files(store)]))
+    name = results[0].model if results else "model"
+    return model_card(name, gather_card_facts(store), results, with_times=False)
+
+
+def result_files(store: Store) -> list[str]:
+    """Results of the last evaluation; others may lie beside them, of other settings.
+
+    Raises:
+        DeclipError: there was none.
+    """
+    done = manifest.read_manifest(store, "eval")
+    if done is None:
+        raise DeclipError("the report reads eval's results, which are not there; run eval first.")
+    return [
+        record.path
+        for record in done.files
+        if record.path.startswith("eval/benchmark_") and record.path.endswith(".json")
+    ]
 
 
 def gather(store: Store, selection: str = "default") -> Facts:
@@ -116,9 +159,7 @@ def gather(store: Store, selection: str = "default") -> Facts:
     # Here, for it loads tensorboard, which --help need not wait for.
     from declip_train.monitor import read_log
 
-    done = manifest.read_manifest(store, "eval")
-    if done is None:
-        raise DeclipError("the report reads eval's results, which are not there; run eval first.")
+    paths = result_files(store)
     rows: dict[str, Mapping[str, Any]] = {}
     reasons: dict[str, str] = {}
     for shard in layout.list_shards(store):
@@ -131,11 +172,7 @@ def gather(store: Store, selection: str = "default") -> Facts:
         rows=rows,
         reasons=reasons,
         results=sorted(
-            (
-                read_result(store.local_path(record.path))
-                for record in done.files
-                if record.path.startswith("eval/benchmark_")
-            ),
+            (read_result(store.local_path(path)) for path in paths),
             key=lambda r: (TASKS.index(r.task), -(r.provenance.num_samples if r.provenance else 0)),
         ),
         predictions=sidecars.read_rows(store, "eval/predictions.parquet"),

@@ -1,7 +1,7 @@
 """What has been done, what would rerun, and why, in words."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from declip_shards import Store, manifest
@@ -61,12 +61,12 @@ def why_stale(store: Store, step: Step, last: Manifest) -> str:
     damaged = manifest.damaged_files(store, last)
     if damaged:
         return f"{damaged[0]} is missing or has another size"
-    if not last.files:
-        # What holds times is not hashed, and logs may be deleted; but where nothing else came of
-        # the step (the report), it is the result.
-        gone = [path for path in last.volatile_files if not store.exists(path)]
-        if gone:
-            return f"{gone[0]} is missing"
+    # What holds times is not hashed, and logs may be deleted; but where nothing else came of the
+    # step, or its stage says so (the report's page), it is the result.
+    results: Sequence[str] = getattr(step.stage, "VOLATILE_RESULTS", ())
+    for path in last.volatile_files:
+        if (not last.files or path in results) and not store.exists(path):
+            return f"{path} is missing"
     return ""
 
 

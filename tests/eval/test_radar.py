@@ -109,8 +109,8 @@ def test_names_are_escaped() -> None:
         ),
         (
             NAMES,
-            [Profile(name="m", values=[1] * 4, intervals=[(2, 3)] * 4)],
-            r"'m' has 1, outside its interval \(2, 3\)",
+            [Profile(name="m", values=[1] * 4, intervals=[(3, 2)] * 4)],
+            r"'m' has the interval \(3, 2\) of 1, but it needs",
         ),
     ],
 )

@@ -102,6 +102,25 @@ def test_swapping_the_sides_turns_the_answer_around(tmp_path: Path) -> None:
     assert (one.verdict, other.verdict) == ("B better", "A better")
 
 
+def test_a_main_metric_that_is_a_mean_of_two_is_among_all(tmp_path: Path) -> None:
+    """Files of CLIP_benchmark hold the two alone."""
+    write_both(tmp_path, "kinetics700", range(20), range(30))
+    for stored in (found for side in sides(tmp_path) for found in side):
+        content = json.loads(stored.path.read_text())
+        for part in (
+            content["metrics"],
+            *(content["opendeclip"][n] for n in ("intervals", "chance")),
+        ):
+            part.pop("mean_acc1_acc5")
+        stored.path.write_text(json.dumps(content))
+    for all_metrics in (False, True):
+        contest = compare(*sides(tmp_path), all_metrics=all_metrics)
+        (main,) = [c for c in contest.comparisons if c.is_main]
+        assert (main.metric, main.verdict) == ("mean_acc1_acc5", "B better")
+        assert sum(contest.counts().values()) == 1
+    assert len({c.metric for c in contest.comparisons}) == len(contest.comparisons) > 1
+
+
 def test_each_other_metric_is_a_family_of_its_own(tmp_path: Path) -> None:
     for dataset in ("cifar10", "mnist"):
         write_both(tmp_path, dataset, range(20), range(5, 50))

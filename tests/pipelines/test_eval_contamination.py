@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from declip_filter import EmbedPairs
-from declip_shards import DeclipError, layout, sidecars
+from declip_shards import DeclipError, layout, read_samples, sidecars
+from declip_shards.fakes import write_fake_dataset
 from pipelines.eval_contamination import RUNGS, find_overlap, picture_marks, trained_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "filter"))
@@ -131,12 +133,13 @@ def test_what_cannot_be_checked_says_why(root, tmp_path):
     assert unnamed.unchecked == {"embedding": "no embeddings of the training data were named."}
     marks = picture_marks(files)
     none = find_overlap(marks, train_root=root, embeddings="pictures")
-    assert "no vectors of the pictures by 'hashing:64' were taken" in none.unchecked["embedding"]
+    sentence = "embeddings 'pictures' by 'hashing:64': no vectors of the evaluated pictures"
+    assert sentence in none.unchecked["embedding"]
     vectors = ENCODER.encode_image(files)
     other = find_overlap(
         marks, vectors, train_root=root, embeddings="pictures", features_digest="another"
     )
-    assert "the pictures' vectors by another encoder" in other.unchecked["embedding"]
+    assert "pictures' vectors are by another encoder" in other.unchecked["embedding"]
     store = write_pairs(str(tmp_path), [[(files[0], "x", 99)]])
     store.remove(layout.signals_path("basic", "00000"))
     bare = find_overlap(marks, train_root=store.root)
@@ -148,6 +151,23 @@ def test_what_cannot_be_checked_says_why(root, tmp_path):
     assert set(nothing.unchecked) == set(RUNGS)
     assert "neither a column sha256 in its shards nor signals" in nothing.unchecked["exact"]
     assert not nothing.mask.any()
+
+
+def test_an_encoder_that_tells_nothing_apart_is_no_witness(tmp_path):
+    store = write_fake_dataset(str(tmp_path), num_shards=2, samples_per_shard=40)
+    settings: dict[str, Any] = {"selection": "", "images": True, "texts": False, **HASHING}
+    run_stage(EmbedPairs(root=store.root, name="colors", **settings))
+    image = next(iter(read_samples(store, "00000"))).image
+    marks = picture_marks([image], encoder=ENCODER)
+    # Colored shapes on a light ground have mean colors that are all alike.
+    overlap = find_overlap(marks, train_root=store.root, embeddings="colors")
+    assert (
+        "100.0% of the pairs of training pictures for one picture" in overlap.unchecked["embedding"]
+    )
+    assert "embedding" not in overlap.by_rung
+    strict = find_overlap(marks, train_root=store.root, embeddings="colors", cosine=0.9999)
+    assert strict.by_rung["embedding"].all()
+    assert strict.checked["embedding"]["share_of_training_pairs"] <= 1e-3
 
 
 def test_flat_pictures_are_compared_by_their_bytes_alone(tmp_path):

@@ -1,9 +1,13 @@
 """Packed linear layers against torch's own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from declip_train.model_config import get_model_config
+from declip_train.towers import CLIP
 from declip_train.transformer import ResidualAttentionBlock
 from pipelines import eval_packed
 from pipelines.eval_packed import PackedLinear, pack_linears
@@ -49,6 +53,23 @@ def test_attention_is_that_of_the_tower(causal):
         torch.testing.assert_close(
             packed.forward_pooled(x, ends), plain.forward_pooled(x, ends), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["test", "test-rn"])
+def test_towers_are_the_same_whatever_their_kind(name):
+    config = get_model_config(name)
+    plain = CLIP(config, generator=torch.Generator().manual_seed(0)).eval()
+    packed = copy.deepcopy(plain)
+    assert (pack_linears(packed, "cpu") > 0) == torch.backends.mkldnn.is_available()
+    images = torch.randn(3, 3, config.vision.image_size, config.vision.image_size)
+    texts = torch.from_numpy(plain.make_tokenizer()(["a cat", "a much longer dog", ""]))
+    with torch.inference_mode():
+        for found, expected in zip(
+            (*packed.forward_image(images, need_tokens=True), packed.encode_text(texts)),
+            (*plain.forward_image(images, need_tokens=True), plain.encode_text(texts)),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_devices_and_types_are_left_alone():

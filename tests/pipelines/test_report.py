@@ -8,10 +8,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from declip_eval.outcomes import outcomes_path, write_outcomes
 from declip_eval.results import EvalResult, Provenance, write_result
+from declip_eval.score_outcomes import classification_outcomes
 from declip_filter import FilterPairs, MeasureImages
 from declip_filter import neighbors as neighbor_table
 from declip_filter.selection import selected_keys
@@ -22,9 +25,10 @@ from declip_train.stages import TrainModel
 from pipelines.evaluate import EvaluateModel
 from pipelines.pipeline import Pipeline, Step
 from pipelines.prepare import PrepareDemo
-from pipelines.report import NEIGHBORS_SHOWN, PATH, WriteReport
+from pipelines.recipes import finish
+from pipelines.report import CARD_PATH, NEIGHBORS_SHOWN, PATH, WriteReport
 from pipelines.runner import run_pipeline, write_run_record
-from pipelines.states import input_digests
+from pipelines.states import input_digests, step_state
 
 SECTIONS = [
     "Results",
@@ -139,8 +143,15 @@ def make_train(store):
         record |= {"samples_per_second": 123.0, "data_wait": 0.1}
         records.append(json.dumps(record) + "\n")
     log.write_text("".join(records))
+    settings = {"method": "declip", "model": "test", "selection": "default", "splits": []}
+    store.write_bytes("train/config.json", json.dumps(settings).encode())
     kept = sum(len(selected_keys(store, "default", s)) for s in layout.list_shards(store))
-    return TaskStats(num_in=kept, num_out=kept, volatile_files=["train/log.jsonl"])
+    return TaskStats(
+        num_in=kept,
+        num_out=kept,
+        volatile_files=["train/config.json", "train/log.jsonl"],
+        extra={"num_steps": 100, "samples_seen": 6_400},
+    )
 
 
 def result(task, pretrained="weights", **metrics):
@@ -182,6 +193,9 @@ def make_eval(store):
                 "scores": [0.8 - n / 1000 - m / 10 for m in range(5)],
             }
         )
+    answers = np.eye(5, dtype=np.float32)
+    outcomes = classification_outcomes(list("abcde"), answers, np.arange(5))
+    paths += [write_outcomes(outcomes, outcomes_path(path)) for path in paths]
     files = [f"eval/{path.name}" for path in paths]
     for name, table in (("predictions", predictions), ("retrieval", retrieved)):
         files.append(f"eval/{name}.parquet")
@@ -457,20 +471,66 @@ def test_the_same_run_gives_the_same_page(finished, page):
     assert write(finished, **ALL, title="A <small> run").count("A &lt;small&gt; run") == 2
 
 
-def test_the_manifest_names_the_page_without_a_hash(run, capsys):
+@pytest.fixture
+def reported(run):
+    """A pipeline whose report is drawn, too."""
     last = Step(name="report", stage=WriteReport(root=str(run)), reads=("ingest", "eval"))
-    before = pipeline_of(run)
-    pipeline = Pipeline(recipe="small", root=str(run), steps=(*before.steps, last))
+    pipeline = Pipeline(recipe="small", root=str(run), steps=(*pipeline_of(run).steps, last))
     run_pipeline(pipeline, [last], runner="local")
-    done = manifest.read_manifest(Store(str(run)), "report")
+    return pipeline
+
+
+def test_the_manifest_names_the_card_with_a_hash_and_the_page_without(reported, capsys):
+    done = manifest.read_manifest(Store(reported.root), "report")
     assert done is not None
-    assert (list(done.files), list(done.volatile_files)) == ([], [PATH])
+    assert [record.path for record in done.files] == [CARD_PATH]
+    assert list(done.volatile_files) == [PATH]
     assert "report:" in capsys.readouterr().out
+    finish(reported)
+    told = capsys.readouterr().out
+    for path in (PATH, CARD_PATH):
+        assert str(Path(reported.root, path)) in told
+
+
+@pytest.mark.parametrize("lost", [PATH, CARD_PATH])
+def test_a_lost_page_or_card_makes_the_step_stale(reported, lost):
+    store, step = Store(reported.root), reported.step("report")
+    assert step_state(store, step, {}).state == "done"
+    Path(reported.root, lost).unlink()
+    state = step_state(store, step, {})
+    assert (state.state, lost in state.why) == ("stale", True)
+
+
+def test_the_card_is_of_this_run_and_holds_no_times(run, tmp_path):
+    write(run)
+    card = (run / CARD_PATH).read_text(encoding="utf-8")
+    (line,) = [
+        line for line in card.splitlines() if line.startswith("| small/test") and " acc1 " in line
+    ]
+    assert f" {100 * ACC1:.2f} " in line
+    assert "# test weights" in card
+    assert re.search(r"\| steps +\| 100 ", card)
+    assert re.search(r"\| samples seen +\| 6,400 ", card)
+    assert "31.31" not in card  # Of results that the last evaluation did not write.
+    assert "seconds" not in card and "a second" not in card
+    # The same run in another folder, at another time and speed.
+    other = tmp_path / "elsewhere"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("report"))
+    log = other / "train" / "log.jsonl"
+    log.write_text(log.read_text().replace("123.0", "77.0").replace('"total": 3.0', '"total": 2.0'))
+    for path in (other / "manifests").glob("*.run.json"):
+        path.write_text(path.read_text().replace("1.5", "9.5"))
+    page = write(other)
+    assert "9.5" in page
+    assert (other / CARD_PATH).read_bytes() == (run / CARD_PATH).read_bytes()
 
 
 def test_another_selection_and_table_are_shown(run):
     for folder, old, new in (("selection", "default", "mine"), ("neighbors", "captions", "theirs")):
         (run / folder / old).rename(run / folder / new)
+    # What was trained on has the name, too: the card counts it.
+    config = run / "train" / "config.json"
+    config.write_text(config.read_text().replace("default", "mine"))
     named = write(run, selection="mine", neighbors="theirs")
     with pytest.raises(DeclipError, match=r"selection/default/00000\.parquet' is missing"):
         write(run)

@@ -97,15 +97,14 @@ def point_chart(
 
     Args:
         rows: names, from top to bottom.
-        profiles: up to `charts.MAX_SERIES`; values finite, of either sign, each within its
-            interval.
+        profiles: up to `charts.MAX_SERIES`; values finite, of either sign.
         title: what the chart shows.
         unit: quantity and unit of the values.
         reference: (name, value) of a vertical line, such as no difference.
 
     Raises:
         ValueError: no row, no profile or too many, not one value a row, a non-finite value, no
-            value at all, or a value outside its interval.
+            value at all, or an interval that is none.
     """
     if not rows:
         raise ValueError("rows is empty: give at least one name.")
@@ -178,8 +177,14 @@ def _check_profiles(names: Sequence[str], profiles: Sequence[Profile], lowest: f
                     f"number{' from 0 on' if lowest == 0 else ''}."
                 )
         for value, pair in zip(profile.values, profile.intervals, strict=False):
-            if pair is not None and (value is None or not pair[0] <= value <= pair[1]):
-                raise ValueError(f"{profile.name!r} has {value}, outside its interval {pair}.")
+            # The value may lie outside: a bootstrap's percentiles need not hold it.
+            if pair is not None and (
+                value is None or not (all(map(math.isfinite, pair)) and pair[0] <= pair[1])
+            ):
+                raise ValueError(
+                    f"{profile.name!r} has the interval {pair} of {value}, but it needs a value, "
+                    "and two finite ends in their order."
+                )
     if all(value is None for profile in profiles for value in profile.values):
         raise ValueError("Every value is missing: there is nothing to draw.")
 
