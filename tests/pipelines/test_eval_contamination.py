@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,8 @@ def test_an_encoder_that_tells_nothing_apart_is_no_witness(tmp_path):
     marks = picture_marks([image], encoder=ENCODER)
     # Colored shapes on a light ground have mean colors that are all alike.
     overlap = find_overlap(marks, train_root=store.root, embeddings="colors")
-    assert (
-        "100.0% of the pairs of training pictures for one picture" in overlap.unchecked["embedding"]
-    )
+    why = overlap.unchecked["embedding"]
+    assert re.search(r"at a cosine of 0\.95 they take \d\d\.\d% of the pairs of training", why)
     assert "embedding" not in overlap.by_rung
     strict = find_overlap(marks, train_root=store.root, embeddings="colors", cosine=0.9999)
     assert strict.by_rung["embedding"].all()
