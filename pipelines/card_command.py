@@ -11,6 +11,7 @@ from pipelines.card_facts import gather_card_facts
 from pipelines.model_card import model_card
 from pipelines.runner import check_location
 from pipelines.stored_results import (
+    SUMMARY,
     TASK_TITLES,
     StoredResult,
     load_results,
@@ -71,7 +72,8 @@ def _results(run: str, places: Sequence[str] | None, model: str | None) -> list[
     """The model's results, in the order of their tasks and datasets."""
     if places is None:
         folder = Path(run, "eval")
-        if not folder.is_dir() or not any(folder.glob("*.json")):
+        # An evaluation of which nothing came leaves its summary alone.
+        if all(file.name == SUMMARY for file in folder.glob("*.json")):
             return []
         places = [str(folder)]
     found = load_results(places)

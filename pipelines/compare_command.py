@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from declip_shards import DeclipError
@@ -85,6 +86,13 @@ def main(argv: Sequence[str]) -> int:
         seed=given.seed,
         num_resamples=given.num_resamples,
     )
+    if contest.model_a == contest.model_b:
+        # Two runs of one recipe call their models alike.
+        contest = replace(
+            contest,
+            model_a=f"{contest.model_a} of {given.a}",
+            model_b=f"{contest.model_b} of {given.b}",
+        )
     if given.html:
         from pipelines.eval_pages import compare_page
 
@@ -147,7 +155,7 @@ def closing_lines(contest: Contest) -> list[str]:
         f"{counts['not settled']} are not settled (Holm over {settled}, level {LEVEL:g}), "
         f"{counts['not tested']} could not be tested."
     ]
-    if contest.without_overlap:
+    if contest.without_overlap and settled:
         lines.append("Tested without the samples that either model's training data holds.")
     notes: dict[str, list[str]] = {}
     for item in contest.comparisons:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
             f"--feature-root {options.feature_root!r} cannot be made a folder ({error}); name "
             "another one."
         ) from error
+    _refuse_no_folder(options.output)
     jobs = plan_jobs(options)
     launched = ranks_of_launcher(os.environ, shared, asked=options.distributed)
     if launched.parent is not None:
@@ -52,6 +53,21 @@ def main(argv: Sequence[str]) -> int:
             return _run(options, jobs, launched)
         with local_ranks(list(argv), options.num_ranks, shared) as ranks:
             return _run(options, jobs, ranks)
+
+
+def _refuse_no_folder(output: str) -> None:
+    """Refuse a place for results that cannot be made, before hours of work.
+
+    Raises:
+        DeclipError: a file stands where a folder must.
+    """
+    from pipelines.eval_tasks import output_folder
+
+    folder = output_folder(output).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise DeclipError(f"--output {output!r}: {str(there)!r} {why}; name another one.")
 
 
 def _run(options: EvalOptions, jobs: Sequence[Job], ranks: Ranks) -> int:

@@ -113,7 +113,13 @@ class ChunkCache:
         """Keep a chunk: whole, or not at all; equal arrays give equal bytes."""
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
-        atomic_write(self.path(number), content.getbuffer())
+        try:
+            atomic_write(self.path(number), content.getbuffer())
+        except OSError as error:
+            raise DeclipError(
+                f"{len(content.getbuffer()):,} bytes cannot be written to {str(self.folder)!r} "
+                f"({error.strerror}); make room there, or name another --feature-root."
+            ) from error
 
     def take(
         self,
@@ -122,6 +128,7 @@ class ChunkCache:
         place: int,
         name: str,
         names: Sequence[str] | None = None,
+        look_again: "Callable[[list[int]], list[str | None]] | None" = None,
     ) -> list[Arrays] | None:
         """Compute what is missing, together with the other ranks.
 
@@ -131,6 +138,7 @@ class ChunkCache:
             place: number of this step, larger than any before it and the same in all ranks.
             name: of the work, for its progress.
             names: of the arrays that are wanted; None for all.
+            look_again: why some pictures cannot be used, None where they can; by their rows.
 
         Returns:
             All chunks in order on rank 0; None on the others, who have taken their part.
@@ -158,13 +166,28 @@ class ChunkCache:
                     bar.advance(len(self.rows(number)))
         if ranks.rank != 0:
             return None
-        return [self._reread(number, compute, names) for number in range(self.num_chunks)]
+        return [
+            self._reread(number, compute, names, look_again, was_there=number in present)
+            for number in range(self.num_chunks)
+        ]
 
     def _reread(
-        self, number: int, compute: Callable[[range], Arrays], names: Sequence[str] | None
+        self,
+        number: int,
+        compute: Callable[[range], Arrays],
+        names: Sequence[str] | None,
+        look_again: "Callable[[list[int]], list[str | None]] | None",
+        *,
+        was_there: bool,
     ) -> Arrays:
-        """A chunk from its file; one that is damaged is computed again."""
+        """A chunk from its file; one that is damaged is computed again.
+
+        So is an earlier run's with a picture that could not be read and now can: the disk or the
+        network is whole again.
+        """
         found = self.read(number, names)
+        if found is not None and was_there and self._changed(found, look_again):
+            found = None
         if found is None:
             self.write(number, compute(self.rows(number)))
             found = self.read(number, names)
@@ -174,6 +197,15 @@ class ChunkCache:
                 "that disk, or name another --feature-root."
             )
         return found
+
+    @staticmethod
+    def _changed(
+        chunk: Arrays, look_again: "Callable[[list[int]], list[str | None]] | None"
+    ) -> bool:
+        """Whether a chunk's unusable pictures are not what they were."""
+        if look_again is None or not len(chunk.get("bad_rows", ())):
+            return False
+        return bool(look_again(chunk["bad_rows"].tolist()) != chunk["bad_reasons"].tolist())
 
     def _order(self, ranks: Ranks) -> list[int]:
         """Own chunks first; rank 0 then looks after everyone's."""
@@ -324,7 +356,11 @@ class FeatureWork:
                 "bad_reasons": np.array([bad[row] for row in sorted(bad)], dtype=np.str_),
             }
 
-        chunks = cache.take(compute, self.ranks, place, name, (*names, *_BAD))
+        def look_again(rows: list[int]) -> list[str | None]:
+            return list(self.model.prepare(data.read_images(rows))[1])
+
+        wanted = (*names, *_BAD)
+        chunks = cache.take(compute, self.ranks, place, name, wanted, look_again)
         return None if chunks is None else join(chunks)
 
     def _views(

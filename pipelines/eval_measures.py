@@ -270,6 +270,8 @@ def linear_probe(subject: Subject) -> Measured | None:
         name: value for name, value in probe.metrics.items() if not name.startswith("lp_")
     }
     settings["sweep"] = "clip"
+    if parts.validation is None:
+        settings["validation_fraction"] = subject.val_proportion
     measured = _measured(
         subject, "linear_probe", _probe_outcomes(subject, parts, probe), parts.test, prefix="lp_"
     )
@@ -463,6 +465,4 @@ def _probe_settings(
     }
     if parts.validation is not None:
         settings["num_validation"] = len(parts.validation)
-    else:
-        settings["validation_fraction"] = subject.val_proportion
     return settings

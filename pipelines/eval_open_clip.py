@@ -161,15 +161,20 @@ def _model_config(name: str) -> dict[str, Any]:
     Raises:
         DeclipError: open_clip is not installed, or has no such model.
     """
-    spec = importlib.util.find_spec("open_clip")
-    places = (spec.submodule_search_locations if spec else None) or []
-    known = {file.stem: file for place in places for file in Path(place, "model_configs").glob("*")}
+    known = _known_models()
     if not known:
         raise DeclipError("open_clip's models are unknown here: install open_clip_torch.")
     if name not in known:
         raise DeclipError(f"open_clip has no model {name!r}; {_nearest(name, known)}.")
     config: dict[str, Any] = json.loads(known[name].read_bytes())
     return config
+
+
+def _known_models() -> dict[str, Path]:
+    """Where open_clip has the JSON of each of its models."""
+    spec = importlib.util.find_spec("open_clip")
+    places = (spec.submodule_search_locations if spec else None) or []
+    return {file.stem: file for place in places for file in Path(place, "model_configs").glob("*")}
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -296,8 +301,9 @@ def _check_tag(
             f"{_nearest(pretrained, tags)}."
         )
     trained, now = bool(about.get("quick_gelu")), bool(model_cfg.get("quick_gelu"))
-    if trained != now:
-        other = name.removesuffix("-quickgelu") if now else f"{name}-quickgelu"
+    other = name.removesuffix("-quickgelu") if now else f"{name}-quickgelu"
+    # Where there is no such pair, the model is as it was trained (roberta-ViT-B-32).
+    if trained != now and other != name and other in _known_models():
         raise DeclipError(
             f"the weights {pretrained!r} were trained with quick_gelu {trained}, but model {name} "
             f"has {now}, so its features would be wrong; give open_clip:{other}/{pretrained}."

@@ -1,17 +1,18 @@
 """The options of ``declip eval``: CLIP_benchmark's names, ours beside them, and what is refused."""
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from declip_eval.dataset_table import list_suites
+from declip_eval.results import EvalResult, result_path
 from declip_shards import DeclipError
 from declip_shards.errors import did_you_mean
 from pipelines.arguments import ArgumentParser
+from pipelines.eval_examples import MAX_EXAMPLES
 
 T = TypeVar("T")
 
@@ -40,6 +41,17 @@ REFUSED = {
     "--skip-load": "features that are in --feature-root are used without being asked for",
 }
 """CLIP_benchmark's options that mean nothing here, and why."""
+MAX_SEED = 2**31 - 1
+"""What every generator takes, with some draws more than it."""
+_ANY_RESULT = EvalResult(
+    dataset="d",
+    model="m",
+    pretrained="p",
+    task="zeroshot_classification",
+    language="en",
+    metrics={"acc1": 0.0},
+)
+"""To try a template with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +112,11 @@ class EvalOptions:
             ("seed", 0),
         ):
             _check_least(name, getattr(self, name), least)
+        for name, most in (("num_examples", MAX_EXAMPLES), ("seed", MAX_SEED)):
+            if getattr(self, name) > most:
+                raise DeclipError(
+                    f"{flag(name)} is {getattr(self, name)}; it must be at most {most}."
+                )
         if self.num_workers is not None:
             _check_least("num_workers", self.num_workers, 1)
         for name in ("recall_k", "fewshot_k"):
@@ -125,6 +142,20 @@ class EvalOptions:
                 )
 
     def _check_together(self) -> None:
+        try:
+            result_path(_ANY_RESULT, self.output)
+        except ValueError as error:
+            raise DeclipError(f"--output: {error}") from error
+        if self.val_split and not set(self.tasks) & set(PROBES):
+            raise DeclipError(
+                f"--val-split {_words(self.val_split)} is of probes; add linear_probe or few_shot "
+                "to --task."
+            )
+        if self.val_proportion and "linear_probe" not in self.tasks:
+            raise DeclipError(
+                f"--val-proportion {_words(self.val_proportion)} is of linear probes; add "
+                "linear_probe to --task (few_shot has one strength, or a --val-split)."
+            )
         if self.val_split and self.val_proportion:
             raise DeclipError(
                 f"--val-split {_words(self.val_split)} and --val-proportion "
@@ -139,10 +170,6 @@ class EvalOptions:
             for name in ("train_selection", "train_embeddings"):
                 if getattr(self, name) is not None:
                     raise DeclipError(f"{flag(name)} is of the dataset --train-data; name that.")
-
-    def record(self) -> dict[str, Any]:
-        """The settings as they were, for messages and tests."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 def flag(name: str) -> str:
@@ -491,8 +518,3 @@ def one_a_dataset(values: Sequence[T], num_datasets: int, option: str) -> list[T
             "one for each."
         )
     return list(values)
-
-
-def settings_text(settings: dict[str, Any]) -> str:
-    """Settings as one line of JSON with sorted keys, for digests."""
-    return json.dumps(settings, sort_keys=True, ensure_ascii=False)

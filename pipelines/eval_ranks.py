@@ -209,6 +209,7 @@ def local_ranks(argv: Sequence[str], size: int, shared: Path) -> Iterator[Ranks]
                 [sys.executable, "-m", "pipelines.eval_command", *argv],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for rank 0, which ends the others.
             )
         yield ranks
         for rank, child in children.items():

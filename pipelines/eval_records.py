@@ -16,7 +16,7 @@ from pipelines import __version__
 from pipelines.eval_features import FORMAT, digest_of
 from pipelines.eval_jobs import Job
 from pipelines.eval_measures import Measured, Subject, prompts_of
-from pipelines.eval_options import PROBES, EvalOptions
+from pipelines.eval_options import EvalOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class ResultPlan:
         }
         if task == "zeroshot_retrieval":
             settings["recall_k"] = options.recall_k
-        if task in PROBES and subject.validation is None:
+        if task == "linear_probe" and subject.validation is None:
             settings["val_proportion"] = subject.val_proportion
         if task == "few_shot":
             settings["fewshot_seeds"] = options.fewshot_seeds
@@ -126,10 +126,12 @@ class ResultPlan:
                 continue
             there = (found.dataset, found.model, found.pretrained, found.task, found.language)
             if there != own:
-                this, that = next(pair for pair in zip(own, there, strict=True) if len(set(pair)) > 1)
+                this, that = next(
+                    pair for pair in zip(own, there, strict=True) if len(set(pair)) > 1
+                )
                 raise DeclipError(
-                    f"the result would be called {str(path)!r}, which holds the one of {that!r}, and "
-                    f"this is of {this!r}; give another --output, or a template with "
+                    f"the result would be called {str(path)!r}, which holds the one of {that!r}, "
+                    f"and this is of {this!r}; give another --output, or a template with "
                     "{dataset}, {model} and {task}."
                 )
 

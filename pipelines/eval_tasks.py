@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip_eval.class_order import table_names
+from declip_eval.class_order import match_rows, table_names
+from declip_eval.dataset_table import DatasetInfo
 from declip_eval.labelled_sets import (
+    DatasetError,
     LabelledSet,
     MissingDatasetError,
     check_against,
@@ -264,6 +266,8 @@ class Evaluation:
         if is_set and options.templates is not None and data.kind != "retrieval":
             data = dataclasses.replace(data, templates=get_templates(options.templates))
         check_against(job.info, data)
+        if options.classnames is not None:
+            _refuse_permuted(options.classnames, data, job.info)
         return data
 
     def _subject(
@@ -280,13 +284,21 @@ class Evaluation:
             ranks=self.ranks,
             read_views=self._read_views(model),
         )
+        train = self._open(job, job.train_split) if is_probe else None
+        validation = self._open(job, job.val_split) if is_probe and job.val_split else None
+        for flag, data in (("--train-split", train), ("--val-split", validation)):
+            if data is not None and data.digest() == test.digest():
+                raise DeclipError(
+                    f"{flag} {data.split} of {job.dataset} holds the very pictures of the test "
+                    "split: a probe would be chosen by its own test; name another split."
+                )
         return Subject(
             work=work,
             options=options,
             info=job.info,
             test=test,
-            train=self._open(job, job.train_split) if is_probe else None,
-            validation=self._open(job, job.val_split) if is_probe and job.val_split else None,
+            train=train,
+            validation=validation,
             val_proportion=job.val_proportion,
             place=place,
         )
@@ -449,6 +461,28 @@ def num_cores(ranks: Ranks) -> int:
     """Cores of this machine for each of its ranks."""
     local = ranks.size if ranks.folder is not None else 1
     return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def _refuse_permuted(path: str, data: LabelledSet, info: DatasetInfo | None) -> None:
+    """Refuse class names of a user's file that are the set's own in another order.
+
+    Raises:
+        DatasetError: with the first that is elsewhere.
+    """
+    known = data.label_names or (table_names(info) if info is not None else ())
+    names = [name for name, *_ in data.class_names or ()]
+    if info is not None and info.candidates is not None:
+        return
+    rows = match_rows(names, known)
+    if sorted(row for row in rows if row is not None) != list(range(len(names))):
+        return  # Other words, such as translated ones.
+    for number, row in enumerate(rows):
+        if row != number:
+            raise DatasetError(
+                f"--classnames {path!r} has the classes of {data.name} in another order: its line "
+                f"{number + 1} is {names[number]!r}, but label {number} is {known[number][0]!r}; "
+                "write them in the order of the labels."
+            )
 
 
 def _candidates(subject: Subject, measured: Measured) -> Sequence[Sequence[int]] | None:

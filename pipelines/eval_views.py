@@ -24,8 +24,8 @@ Views = npt.NDArray[np.uint8]
 """(n, size, size, 3), red first."""
 VERSION = 1
 """Counts up when the pixels of a view change; part of every cache's key."""
-_LOOK_EVERY = 64
-"""Files that are written between two looks at how much there is."""
+_UNSEEN_SHARE = 1 / 64
+"""Of the limit of a cache: what a process writes, at most, between two looks at what all wrote."""
 _MODES = ("shortest", "longest", "squash")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -171,7 +171,8 @@ class ViewCache:
 
     A file holds the views of a range of pictures and is mapped, not read; it appears under its name
     when it is whole. Processes share a cache. Where ``limit_bytes`` are full, the sets that were
-    used longest ago make room, and without room nothing is kept.
+    used longest ago make room, and without room nothing is kept; nor is a range with a picture that
+    could not be read, for the next time it may be (one that cannot be decoded stays so).
 
     Args:
         folder: of all sets' views; made where it is absent.
@@ -194,7 +195,7 @@ class ViewCache:
         key = hashlib.sha256(f"{data_digest}\n{preparation.views_text}".encode()).hexdigest()
         self._root = Path(folder)
         self._folder = self._root / key[:32]
-        self._total, self._since_look = 0, _LOOK_EVERY
+        self._total, self._unseen = 0, limit_bytes
 
     def get(
         self,
@@ -214,10 +215,12 @@ class ViewCache:
         found = self._find(start, stop)
         if found is not None:
             return found
-        views, reasons = self._preparation.make(read(), num_threads)
-        if len(views) != stop - start:
-            raise ValueError(f"{len(views)} pictures were read for {stop - start} places.")
-        self._keep(start, stop, views, reasons)
+        images = read()
+        if len(images) != stop - start:
+            raise ValueError(f"{len(images)} pictures were read for {stop - start} places.")
+        views, reasons = self._preparation.make(images, num_threads)
+        if not any(isinstance(image, str) for image in images):
+            self._keep(start, stop, views, reasons)
         return views, reasons
 
     def _paths(self, start: int, stop: int) -> tuple[Path, Path]:
@@ -232,13 +235,13 @@ class ViewCache:
             os.utime(self._folder)
             failures: Mapping[str, Any] = json.loads(beside.read_bytes())
             views = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            reasons: list[str | None] = [None] * (stop - start)
+            for number, reason in failures.items():
+                reasons[int(number)] = str(reason)
+        except (OSError, ValueError, EOFError, AttributeError, IndexError):
             return None
         if views.shape != (stop - start, side, side, 3) or views.dtype != np.uint8:
             return None
-        reasons: list[str | None] = [None] * (stop - start)
-        for number, reason in failures.items():
-            reasons[int(number)] = str(reason)
         return views, reasons
 
     def _keep(self, start: int, stop: int, views: Views, reasons: Sequence[str | None]) -> None:
@@ -253,6 +256,10 @@ class ViewCache:
             atomic_write(beside, json.dumps(failures).encode())
             atomic_write(path, content.getbuffer())
         except OSError as error:
+            if isinstance(error, FileNotFoundError | FileExistsError) and self._root.is_dir():
+                # Another process made room of this very set meanwhile: there was none for it.
+                self._unseen = self._limit
+                return
             raise DeclipError(
                 f"views cannot be kept in {str(self._folder)!r} ({error}); free some space, name "
                 "another cache folder, or set its limit to 0."
@@ -263,18 +270,21 @@ class ViewCache:
 
         Other processes write, too, so what there is is looked up now and then.
         """
-        if self._since_look >= _LOOK_EVERY or self._total + num_bytes > self._limit:
-            self._since_look, self._total = 0, self._drop_until(self._limit - num_bytes)
-        self._since_look += 1
+        self._unseen += num_bytes
+        if self._unseen > self._limit * _UNSEEN_SHARE or self._total + num_bytes > self._limit:
+            self._unseen, self._total = num_bytes, self._drop_until(self._limit - num_bytes)
         fits = self._total + num_bytes <= self._limit
         self._total += num_bytes if fits else 0
         return fits
 
     def _drop_until(self, most_bytes: int) -> int:
-        """Remove other sets, the longest unused first, until there is so much; returns how much."""
+        """Remove other sets, the longest unused first, until there is so much; none where that
+        would not do. Returns how much there is."""
         folders = self._root.iterdir() if self._root.is_dir() else ()
         sets = [(_age(place), _size(place), place) for place in folders if place.is_dir()]
         total = sum(size for _, size, _ in sets)
+        if sum(size for _, size, place in sets if place == self._folder) > most_bytes:
+            return total
         for _, size, folder in sorted(sets):
             if total <= most_bytes:
                 break

@@ -78,11 +78,11 @@ def _without_records(facts: CardFacts) -> CardFacts:
     trained = facts.manifests.get("train")
     if trained is None:
         return replace(facts, compute=Compute(), seconds={})
-    steps, seen = trained.extra.get("num_steps"), trained.extra.get("samples_seen")
+    done = trained.extra.get("all") or {}  # Training is one task of that name.
     return replace(
         facts,
         settings=trained.settings,
-        compute=Compute(steps=steps, samples_seen=seen),
+        compute=Compute(steps=done.get("num_steps"), samples_seen=done.get("samples_seen")),
         seconds={},
     )
 

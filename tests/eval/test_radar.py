@@ -75,6 +75,13 @@ def test_points_and_intervals_lie_on_one_scale() -> None:
         assert float(reference.get("x1") or 0) == pytest.approx(xs[1], abs=0.1)
 
 
+def test_a_value_may_lie_outside_its_interval() -> None:
+    """A bootstrap's percentiles need not hold what they are about."""
+    profile = Profile(name="m", values=[1.0], intervals=[(2.0, 3.0)])
+    for svg in drawings(point_chart(NAMES[:1], [profile], title="t", unit="u")):
+        assert len(circles(svg)) == 1
+
+
 def test_a_missing_point_is_told_in_its_row() -> None:
     profiles = [Profile(name="a", values=[1.0, None]), Profile(name="b", values=[2.0, 3.0])]
     for svg in drawings(point_chart(NAMES[:2], profiles, title="t", unit="u")):

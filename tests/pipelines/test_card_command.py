@@ -9,6 +9,7 @@ from run_folder import write_run
 
 from declip_shards import DeclipError, manifest
 from pipelines.card_command import main
+from pipelines.stored_results import SUMMARY
 
 
 def test_the_card_stands_beside_the_weights_with_the_runs_own_results(tmp_path: Path) -> None:
@@ -20,6 +21,14 @@ def test_the_card_stands_beside_the_weights_with_the_runs_own_results(tmp_path: 
     assert "# ViT-T run" in card
     assert "| demo/birds | Zero-shot classification | simple" in card
     assert "of the very weights" not in card
+
+
+def test_a_run_whose_evaluations_all_failed_has_a_card_without_results(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run/eval").mkdir()
+    (tmp_path / "run/eval" / SUMMARY).write_text('{"evaluations": []}')
+    assert main([str(tmp_path / "run")]) == 0
+    assert "It was not evaluated" in (tmp_path / "run/train/export/README.md").read_text()
 
 
 def test_results_name_and_place_can_be_given(tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_text_json_and_page_tell_the_same(
     assert (content["model_a"], content["model_b"]) == ("ViT-T a", "ViT-T b")
 
 
+def test_models_of_one_name_are_told_apart_by_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [str(tmp_path / name) for name in ("mon", "tue")]
+    for place, num in zip(places, (20, 30), strict=True):
+        write_classification(Path(place), range(num))
+    assert main([*places, "--without-overlap"]) == 0
+    text = capsys.readouterr().out
+    for side, place in zip("AB", places, strict=True):
+        assert f"{side}: ViT-T first of {place}\n" in text
+    # Nothing says what the training data holds, so nothing was tested.
+    assert "1 could not be tested" in text
+    assert "Tested without" not in text
+
+
 def test_a_p_value_is_never_told_as_zero() -> None:
     assert p_text(1e-12) == "<0.0001"
     assert p_text(0.0123) == "0.0123"

@@ -1,10 +1,9 @@
 """declip eval, with a real model, alone and in several processes."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -83,6 +82,7 @@ def test_faults_are_refused_before_anything_is_done(root, tmp_path, monkeypatch)
     for more, sentence in (
         (["--dataset", "colrs"], "colrs"),
         ([f"--feature-root={tmp_path / 'file'}"], "cannot be made a folder"),
+        ([f"--output={tmp_path / 'file/out'}"], "file' is no folder"),
         ([f"--model={tmp_path}"], "is no model"),
     ):
         with pytest.raises(DeclipError, match=sentence):
@@ -95,29 +95,57 @@ def test_faults_are_refused_before_anything_is_done(root, tmp_path, monkeypatch)
 
 
 @pytest.mark.distributed
-def test_two_and_three_processes_give_the_same_bytes_also_after_a_kill(root, alone, caplog):
-    for size in (2, 3):
-        name = f"ranks_{size}"
-        assert main(words(root, name, "--num-ranks", str(size))) == 0
-        assert contents(root / name / "out") == alone[0]
-        assert contents(root / name / "features") == alone[1]
+def test_a_process_of_its_own_gives_the_same_bytes(root, alone, caplog):
+    assert main(words(root, "ranks_2", "--num-ranks", "2")) == 0
+    assert contents(root / "ranks_2/out") == alone[0]
+    assert contents(root / "ranks_2/features") == alone[1]
     assert "ended with status" not in caplog.text, "each rank has done its part"
-    features = root / "killed/features"
+
+
+FORKS = """
+import json, os, pathlib, signal, sys, time
+import declip_eval.strength_sweep, pipelines.eval_models, pipelines.eval_tasks, torch
+from pipelines.eval_command import main
+
+def fork(words, **environment):
+    process = os.fork()
+    if not process:
+        os.environ.update(environment)
+        status = 1
+        try:
+            status = main(words)
+        finally:
+            os._exit(status)
+    return process
+
+launched, killed, features = json.loads(sys.argv[1])
+ranks = [fork(launched, RANK=str(rank), WORLD_SIZE="3") for rank in range(3)]
+assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0, 0]
+process = fork(killed)
+while len(list(pathlib.Path(features).rglob("*.npz"))) < 2:
+    assert os.waitpid(process, os.WNOHANG) == (0, 0), "it has ended"
+    time.sleep(0.002)
+os.kill(process, signal.SIGKILL)
+assert os.waitpid(process, 0)[1] == signal.SIGKILL
+"""
+"""Processes of one that has imported torch: three of a launcher, and one that is killed."""
+
+
+@pytest.mark.distributed
+def test_a_launchers_three_processes_and_a_rerun_after_a_kill_give_the_same_bytes(root, alone):
+    forks = [words(root, "ranks_3"), words(root, "killed"), str(root / "killed/features")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.eval_command", *words(root, "killed")],
-        env=environment,
-        start_new_session=True,
+    subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(forks)], env=environment, check=True, timeout=120
     )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(list(features.rglob("*.npz"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert contents(root / "ranks_3/out") == alone[0]
+    features = contents(root / "ranks_3/features")
+    signs = {name for name in features if name.startswith(".ranks/")}
+    assert {name.rpartition("/")[2] for name in signs} == {f"rank-0000{rank}" for rank in range(3)}
+    assert {name: data for name, data in features.items() if name not in signs} == alone[1]
     assert main(words(root, "killed")) == 0
     # What stood when it was killed says kept, where it had come so far.
     results, before = contents(root / "killed/out"), dict(alone[0])
     results.pop(SUMMARY), before.pop(SUMMARY)
     assert results == before
-    assert contents(features) == alone[1]
+    assert contents(root / "killed/features") == alone[1]

@@ -1,6 +1,8 @@
 """Features in chunks."""
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from tiny_sets import COLORS, TEMPLATES, ColorModel, write_colors, write_pairs
 
 from declip_eval.labelled_sets import open_labelled_set
 from declip_shards import DeclipError
+from pipelines import eval_features
 from pipelines.eval_features import FeatureWork, join
 from pipelines.eval_ranks import Ranks
 
@@ -128,6 +131,16 @@ def test_a_diverged_model_is_refused(colors, tmp_path):
         work(tmp_path, model).features(colors, "features", 1, "test")
 
 
+def test_a_full_disk_is_told_with_its_place(colors, tmp_path, monkeypatch):
+    def full(path, data):
+        if path.suffix == ".npz":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(eval_features, "atomic_write", full)
+    with pytest.raises(DeclipError, match=r"bytes cannot be written to .*No space left on device"):
+        work(tmp_path).features(colors, "features", 1, "test")
+
+
 def test_joining_keeps_the_order_of_chunks():
     chunks = [
         {
@@ -142,3 +155,33 @@ def test_joining_keeps_the_order_of_chunks():
     assert taken.arrays["a"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert taken.arrays["b_t"][0].tolist() == [0, 0, 1, 1, 2, 2]
     assert taken.unreadable == {0: "why", 2: "why", 4: "why"}
+
+
+class Flaky:
+    """A set one picture of which cannot be fetched at first."""
+
+    def __init__(self, whole):
+        self.whole, self.is_down = whole, True
+
+    def __len__(self):
+        return len(self.whole)
+
+    keys = property(lambda self: self.whole.keys)
+
+    def digest(self):
+        return self.whole.digest()
+
+    def read_images(self, indices):
+        found = self.whole.read_images(indices)
+        return ["timed out" if self.is_down and i == 7 else f for i, f in zip(indices, found)]
+
+
+def test_a_picture_that_could_not_be_fetched_is_tried_again_by_the_next_run(colors, tmp_path):
+    flaky = Flaky(colors)
+    first = work(tmp_path).features(flaky, "features", 1, "test")
+    assert first.unreadable[7] == "timed out"
+    flaky.is_down = False
+    again = work(tmp_path).features(flaky, "features", 1, "test")
+    assert list(again.unreadable) == [0, 1]
+    assert not first.arrays["features"][7].any()
+    assert again.arrays["features"][7].any()

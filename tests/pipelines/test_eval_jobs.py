@@ -34,7 +34,11 @@ def test_a_set_of_ones_own_is_a_folder_and_a_misspelt_name_is_told(tmp_path):
 
 def test_splits_are_of_each_dataset_and_every_language_is_a_job():
     jobs = plan_jobs(
-        options("cifar10", "mnist", words="--train-split a b --val-split v --language en it")
+        options(
+            "cifar10",
+            "mnist",
+            words="--task linear_probe --train-split a b --val-split v --language en it",
+        )
     )
     assert [(job.dataset, job.train_split, job.val_split, job.language) for job in jobs] == [
         ("cifar10", "a", "v", "en"),

@@ -126,6 +126,24 @@ def test_tags_are_checked_before_anything_is_fetched(monkeypatch):
         load_eval_model("open_clip:RN50/opanai")
 
 
+def test_a_model_without_a_twin_is_taken_as_it_is(monkeypatch):
+    class LoadingError(RuntimeError):
+        pass
+
+    def create_model(name, pretrained):
+        raise LoadingError(f"{name} {pretrained} is fetched")
+
+    stand_in = SimpleNamespace(
+        list_pretrained_tags_by_model=lambda name: ["laion2b_s12b_b32k"],
+        get_pretrained_cfg=lambda name, tag: {"hf_hub": "somewhere"},
+        create_model=create_model,
+    )
+    monkeypatch.setattr(eval_open_clip, "_import_open_clip", lambda: stand_in)
+    # Its configuration has quick_gelu, of which its tag says nothing.
+    with pytest.raises(DeclipError, match="roberta-ViT-B-32 laion2b_s12b_b32k is fetched"):
+        load_eval_model("open_clip:roberta-ViT-B-32/laion2b_s12b_b32k")
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [

@@ -13,7 +13,10 @@ def parse(text=""):
 
 
 def test_underscores_are_hyphens():
-    words = "--recall{0}k 1 5 --batch{0}size 7 --val{0}proportion 0.1 --allow{0}missing"
+    words = (
+        "--task linear_probe --recall{0}k 1 5 --batch{0}size 7 --val{0}proportion 0.1 "
+        "--allow{0}missing"
+    )
     assert parse(words.format("_")) == parse(words.format("-"))
     assert parse("--output a_b --train_split my_train").train_split == ("my_train",)
 
@@ -34,12 +37,19 @@ def test_what_has_no_use_here_is_refused_with_its_reason(name):
         ("--batch-size 0", "--batch-size is 0; it must be at least 1"),
         ("--chunk-images 0", "--chunk-images is 0; it must be at least 1"),
         ("--num-resamples 5", "--num-resamples is 5; it must be at least 100"),
+        ("--num-examples 1001", "--num-examples is 1001; it must be at most 1000"),
+        ("--seed 99999999999", "it must be at most 2147483647"),
+        ("--output out/{dataset}", "does not end in .json"),
+        ("--output {set}.json", "--output: The output"),
+        ("--output {task.json", "braces that do not pair"),
+        ("--val-split val", "add linear_probe or few_shot to --task"),
+        ("--task few_shot --val-proportion 0.1", "add linear_probe to --task"),
         ("--recall-k 0 5", "--recall-k is 0; it must be at least 1"),
         ("--recall-k 5 5", "names one number twice"),
         ("--unreadable-budget 1", "from 0 to below 1"),
         ("--view-cache-gb -1", "give 0"),
-        ("--val-proportion 1.5", "between 0 and 1"),
-        ("--val-split a --val-proportion 0.2", "give one of them"),
+        ("--task linear_probe --val-proportion 1.5", "between 0 and 1"),
+        ("--task linear_probe --val-split a --val-proportion 0.2", "give one of them"),
         ("--num-ranks 2 --distributed", "give one of them"),
         ("--train-selection x", "--train-data"),
         ("--task captioning", "is not measured here"),

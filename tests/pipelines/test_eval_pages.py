@@ -99,6 +99,18 @@ def test_the_table_page_holds_every_number_and_what_is_missing(tmp_path: Path) -
     assert "not checked" in checker.text
 
 
+def test_charts_leave_out_papers_that_have_few_of_the_numbers(tmp_path: Path) -> None:
+    for dataset in ("cifar10", "cifar100", "food101", "imagenet1k"):
+        write_classification(tmp_path, range(30), dataset=dataset)
+    page = table_page(*((found := load_results([tmp_path])), task_tables(found, published=True)))
+    assert "published: CLIP ViT-B-32 (YFCC15M-V2" in page
+    assert "CLIP RN50 (YFCC15M-V2" in check(page).text  # In the table alone.
+    legends = re.findall(r'<ul class="legend">.*?</ul>', page, re.DOTALL)
+    assert legends
+    assert not any("RN50" in legend for legend in legends)
+    assert ": missing</text>" not in page
+
+
 def test_examples_show_their_own_pictures_and_answers(
     tmp_path: Path, pictures: LabelledSet
 ) -> None:

@@ -139,6 +139,14 @@ def test_a_task_of_another_kind_is_a_fault_where_nothing_else_was_done(run):
     assert exit_status(beside.entries, allow_missing=False) == 0
 
 
+@pytest.mark.parametrize("split", ["--train-split test", "--val-split test"])
+def test_a_probe_is_not_chosen_by_its_own_test(run, split):
+    report, _ = run(f"--dataset colors --task linear_probe {split}")
+    (entry,) = report.entries
+    assert (entry.status, split.split()[0] in entry.note) == ("failed", True)
+    assert "the very pictures of the test split" in entry.note
+
+
 def test_the_summary_keeps_what_other_runs_wrote_into_the_folder(run, tmp_path):
     out = tmp_path / "out"
     run("--dataset colors mnist")
@@ -211,8 +219,10 @@ def test_classes_of_another_set_are_told_by_its_names_and_probes_by_the_sets_own
 ):
     """ObjectNet's way: prompts of other classes, of which some are right for each label."""
     own = tuple((name,) for name in COLORS)
+    objectnet = find_dataset("objectnet")
+    assert objectnet is not None
     info = dataclasses.replace(
-        find_dataset("objectnet"),
+        objectnet,
         name="colors",
         num_classes=4,
         num_test=24,
@@ -222,6 +232,7 @@ def test_classes_of_another_set_are_told_by_its_names_and_probes_by_the_sets_own
         label_names=own,
     )
     data = open_labelled_set(str(root), "colors")
+    assert data.labels is not None
     color_of = dict(zip(data.keys, (own[label][0] for label in data.labels), strict=True))
     report, _ = run("--dataset colors --task auto linear_probe", info=info)
     assert [entry.status for entry in report.entries] == ["done", "done"]
@@ -254,6 +265,20 @@ def test_a_model_that_cannot_be_loaded_stops_alone_and_is_told_among_others(run)
         run("--dataset colors", load=load)
     report, _ = run("--dataset colors --model m n", load=load)
     assert [(e.model, e.status) for e in report.entries] == [("m", "failed"), ("n", "done")]
+
+
+def test_class_names_in_another_order_are_refused_and_other_words_are_not(run, tmp_path):
+    path = tmp_path / "names.txt"
+    for names, status in (
+        ("red green yellow blue", "failed"),
+        ("Red green blue yellow", "done"),
+        ("rosso verde blu giallo", "done"),
+    ):
+        path.write_text("\n".join(names.split()) + "\n")
+        report, _ = run(f"--dataset colors --classnames {path}")
+        assert [entry.status for entry in report.entries] == [status], names
+        if status == "failed":
+            assert "its line 3 is 'yellow', but label 2 is 'blue'" in report.entries[0].note
 
 
 def test_templates_by_name_change_the_prompts_and_are_told(run):

@@ -1,5 +1,6 @@
 """What models see of pictures, and the cache of it."""
 
+import errno
 import io
 import os
 
@@ -93,11 +94,12 @@ def test_what_pictures_cannot_be_prepared_by_is_refused(changes, sentence):
 
 
 def test_views_come_back_without_a_picture_being_read(tmp_path):
-    expected = prepare().make(BROKEN)
+    pictures = [*BROKEN[:2], b"", BROKEN[3]]
+    expected = prepare().make(pictures)
     for number in range(2):
         # Every time another process.
         cache = ViewCache(tmp_path, "set", prepare(), 10**6)
-        views, reasons = cache.get(0, 4, no_reading if number else lambda: BROKEN)
+        views, reasons = cache.get(0, 4, no_reading if number else lambda: pictures)
         np.testing.assert_array_equal(views, expected[0])
         assert reasons == expected[1]
 
@@ -122,13 +124,23 @@ def test_other_pictures_sizes_and_preparations_are_other_entries(tmp_path):
     ViewCache(tmp_path, "set", same, 10**6).get(0, 4, no_reading)
 
 
-@pytest.mark.parametrize("harm", ["cut", "mark", "reasons"])
+def test_a_picture_that_could_not_be_read_is_read_the_next_time(tmp_path):
+    cache = ViewCache(tmp_path, "set", prepare(), 10**6)
+    lost = "the connection is lost"
+    assert cache.get(0, 2, lambda: [IMAGES[0], lost])[1] == [None, lost]
+    assert cache.get(0, 2, lambda: IMAGES[:2])[1] == [None, None]
+    cache.get(0, 2, no_reading)
+
+
+@pytest.mark.parametrize("harm", ["cut", "mark", "reasons", "other reasons"])
 def test_what_a_kill_leaves_is_made_again(tmp_path, harm):
     cache = ViewCache(tmp_path, "set", prepare(), 10**6)
     expected = np.array(cache.get(0, 4, lambda: IMAGES)[0])
     (views,), (reasons,) = tmp_path.rglob("*.npy"), tmp_path.rglob("*.json")
     if harm == "cut":
         views.write_bytes(views.read_bytes()[:-100])
+    elif harm == "other reasons":
+        reasons.write_text('{"9": "there is no such picture"}')
     else:
         (views if harm == "mark" else reasons).unlink()
     found, _ = cache.get(0, 4, lambda: IMAGES)
@@ -161,6 +173,51 @@ def test_a_set_larger_than_the_room_keeps_what_fits(tmp_path):
         cache.get(start, start + 4, lambda: IMAGES)
     assert 0 < size_of(tmp_path) <= room
     cache.get(0, 4, no_reading)
+
+
+def test_what_does_not_fit_drops_no_other_set(tmp_path):
+    room = 4 * SIZE * SIZE * 3 + 1000
+    ViewCache(tmp_path, "other", prepare(), room).get(0, 4, lambda: IMAGES)
+    ViewCache(tmp_path, "set", prepare(), room).get(0, 8, lambda: IMAGES * 2)
+    ViewCache(tmp_path, "other", prepare(), room).get(0, 4, no_reading)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_processes_that_drop_each_others_sets_go_on(tmp_path, monkeypatch, error):
+    expected = prepare().make(IMAGES)[0]
+    cache = ViewCache(tmp_path, "set", prepare(), 10**6)
+
+    def write(path, data):
+        # Another process made room: before the file was written, or while its folder was made.
+        raise error(str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.eval_views.atomic_write", write)
+        np.testing.assert_array_equal(cache.get(0, 4, lambda: IMAGES)[0], expected)
+    cache.get(0, 4, lambda: IMAGES)
+    cache.get(0, 4, no_reading)
+
+
+def test_a_disk_without_room_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def flush(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = ViewCache(tmp_path, "set", prepare(), 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr("declip_shards.store.os.fsync", flush)
+        with pytest.raises(DeclipError, match=r"kept in .*No space left.*set its limit to 0"):
+            cache.get(0, 4, lambda: IMAGES)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    cache.get(0, 4, lambda: IMAGES)
+    cache.get(0, 4, no_reading)
+
+
+def test_processes_keep_to_the_limit_together(tmp_path):
+    room = 20 * 4 * SIZE * SIZE * 3
+    caches = [ViewCache(tmp_path, "set", prepare(), room) for _ in range(3)]
+    for start in range(0, 240, 4):
+        caches[start // 4 % 3].get(start, start + 4, lambda: IMAGES)
+    assert 0.7 * room < size_of(tmp_path) <= 1.1 * room
 
 
 def test_no_room_keeps_nothing_and_less_than_none_is_refused(tmp_path):

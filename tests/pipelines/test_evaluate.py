@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from declip_eval.outcomes import metrics_of, outcomes_path, read_outcomes
 from declip_eval.results import read_result
 from declip_eval.retrieval import group_captions, retrieval
 from declip_eval.templates import SIMPLE_TEMPLATES
@@ -300,6 +301,15 @@ def test_only_the_asked_for_splits_are_tested_and_twice_gives_the_same_bytes(dat
     assert {path: (root / path).read_bytes() for path in first.files} == before
     text = (root / "eval/table.txt").read_text()
     assert "chance" in text
+    for path in sorted((root / "eval").glob("benchmark_*.json")):
+        result = read_result(path)
+        # Every answer stands beside the number that sums it up, and how sure that number is.
+        outcomes = read_outcomes(outcomes_path(path))
+        assert metrics_of(outcomes, result.metrics) == pytest.approx(dict(result.metrics))
+        assert result.provenance is not None
+        assert set(result.provenance.intervals) == set(result.metrics)
+        for low, high in result.provenance.intervals.values():
+            assert f"{low:.4f} to {high:.4f}" in text
     result = json.loads(next((root / "eval").glob("*classification*.json")).read_text())
     assert str(tmp_path) not in json.dumps(result)
 

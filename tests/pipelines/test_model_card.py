@@ -10,7 +10,7 @@ from run_folder import REASONS, write_run
 
 from declip_shards import Store
 from pipelines.card_facts import CardFacts, Compute, gather_card_facts
-from pipelines.model_card import UNKNOWN, model_card
+from pipelines.model_card import UNKNOWN, _yaml, model_card
 from pipelines.stored_results import load_results
 
 
@@ -118,3 +118,10 @@ def test_other_peoples_tars_are_said_to_be_that(tmp_path: Path) -> None:
 def test_equal_facts_give_equal_cards(store: Store) -> None:
     first, second = (model_card("m", gather_card_facts(store), []) for _ in range(2))
     assert first == second
+
+
+def test_characters_beyond_16_bits_are_one_escape_of_yaml() -> None:
+    """JSON writes them as two halves, which YAML reads as two characters that no file can hold."""
+    assert _yaml("\U0001f600 \ud83d \x7f é") == '"\\U0001f600 \\ufffd \\u007f \\u00e9"'
+    assert _yaml("\\ud83d") == '"\\\\ud83d"'
+    assert json.loads(_yaml('a"\n\té')) == 'a"\n\té'

@@ -73,6 +73,18 @@ def test_other_threads_may_drop_what_they_were_given():
     assert len(memory._free) == 8
 
 
+def test_several_threads_may_ask():
+    class Contended(list[np.ndarray]):
+        """Whoever looks finds something; it is taken by another thread meanwhile."""
+
+        def __bool__(self):
+            return True
+
+    memory = BatchMemory()
+    memory._free = Contended()
+    assert memory.empty((3,), torch.float32).shape == (3,)
+
+
 def test_memory_outlives_who_handed_it_out():
     tensor = BatchMemory().empty((100,), torch.float32)
     tensor.fill_(3)

@@ -7,6 +7,7 @@ soon as it is free, whatever glibc is told to keep, and a fresh one costs a page
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ __all__ = ["BatchMemory"]
 
 
 class BatchMemory:
-    """Hands out tensors on the host, for one thread; they may be dropped by any.
+    """Hands out tensors on the host; any thread may ask for them, and drop them.
 
     Blocks that wait to be used again are as many as tensors were held at one time, at most.
     """
@@ -37,10 +38,12 @@ class BatchMemory:
         return torch.from_numpy(held).view(dtype).view(*shape)
 
     def _block(self, length: int) -> NDArray[np.uint8]:
-        while self._free:
-            block = self._free.pop()
-            if len(block) == length:
-                return block
+        # Another thread may take the last one between a look and the taking.
+        with contextlib.suppress(IndexError):
+            while True:
+                block = self._free.pop()
+                if len(block) == length:
+                    return block
         # Torch's own memory: aligned as its kernels like it.
         fresh: NDArray[np.uint8] = torch.empty(length, dtype=torch.uint8).numpy()
         return fresh
