@@ -8,7 +8,9 @@ very same rows, as float32 (its faster way), with its default tolerance (--peer-
 CLIP's 1,000 iterations, and the strength of its own choice again on all. Both have the same
 threads, in one process. Where scikit-learn ends above the optimum (weak strengths: its 1,000
 iterations are spent, or its gradient is small far from it) its accuracy is another model's; that
-shows in the objective, and accuracies are compared where it does get there.
+shows in the objective, and accuracies are compared where it does get there and anywhere. The
+strengths where it does get there are timed once more by themselves (`converged`), ours all
+together and scikit-learn's sum; more of them do with --peer-iterations 10000 and fewer --rows.
 
 Three kinds of features: `made-up`, Gaussian classes whose variances fall over four decades as
 those of real features do; `real` ones with --pairs, a folder with pairs.parquet and its pictures
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,unused-ignore]
 
 from declip_eval.linear_probe import MAX_ITERATIONS, stratified_split
@@ -111,6 +114,7 @@ class Ours:
     """Our sweep: what it chose, each strength's model, and the seconds."""
 
     def __init__(self, features: Features, labels: Labels, device: str) -> None:
+        self.device = device
         start, cpu = time.perf_counter(), time.process_time()
         fit, held_out = stratified_split(labels, 0.2, seed=0)
         self.models: dict[float, LogisticModel] = {}
@@ -127,6 +131,19 @@ class Ours:
         self.last = self._problem(features, labels, device).fit([self.sweep.best])[0]
         self.wall, self.processor = time.perf_counter() - start, time.process_time() - cpu
 
+    def time_again(
+        self, strengths: list[float], theirs: Theirs, rows: Features, labels: Labels
+    ) -> dict[str, Any]:
+        """Fit some strengths only, from nothing, and compare with what scikit-learn took."""
+        start = time.perf_counter()
+        self._problem(rows, labels, self.device).fit(strengths)
+        wall, other = time.perf_counter() - start, sum(theirs.fit_seconds[s] for s in strengths)
+        return {
+            "strengths": len(strengths),
+            "fit_seconds": [round(wall, 2), round(other, 2)],
+            "times_faster": round(other / wall, 2),
+        }
+
     @staticmethod
     def _problem(features: Features, labels: Labels, device: str) -> LogisticProblem:
         num_classes = int(labels.max()) + 1
@@ -141,17 +158,19 @@ class Theirs:
     """scikit-learn on the same strengths."""
 
     def __init__(
-        self, features: Features, labels: Labels, strengths: list[float], tolerance: float
+        self, features: Features, labels: Labels, strengths: list[float], given: argparse.Namespace
     ) -> None:
-        self.tolerance = tolerance
-        self._fit(features[:1000], labels[:1000], 1e6)  # Its import is not to be timed.
+        self.settings = {"tol": given.peer_tolerance, "max_iter": given.peer_iterations}
+        # The way there is not to be timed.
+        self._fit(features[:1000], labels[:1000], 1e6)
         start, cpu = time.perf_counter(), time.process_time()
         fit, held_out = stratified_split(labels, 0.2, seed=0)
         rows, of_rows = features[fit], labels[fit]
-        self.models, self.scores, self.seconds = {}, {}, {}
+        self.models, self.scores, self.seconds, self.fit_seconds = {}, {}, {}, {}
         for strength in strengths:
             before = time.perf_counter()
             model = self._fit(rows, of_rows, strength)
+            self.fit_seconds[strength] = time.perf_counter() - before
             self.scores[strength] = float(model.score(features[held_out], labels[held_out]))
             self.models[strength] = model
             self.seconds[strength] = time.perf_counter() - before
@@ -165,11 +184,9 @@ class Theirs:
         self.wall, self.processor = time.perf_counter() - start, time.process_time() - cpu
 
     def _fit(self, features: Features, labels: Labels, strength: float) -> Any:
-        from sklearn.linear_model import LogisticRegression
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS, tol=self.tolerance)
+            model = LogisticRegression(C=1 / strength, **self.settings)
             return model.fit(features, labels)
 
 
@@ -210,7 +227,8 @@ def compare(ours: Ours, theirs: Theirs, features: Features, labels: Labels) -> d
             }
         )
     same = [s for s in strengths if s["objective"][1] <= s["objective"][0] * (1 + SAME_OPTIMUM)]
-    gaps = [abs(s["validation_acc1"][0] - s["validation_acc1"][1]) for s in same]
+    gaps = {s["l2_strength"]: abs(np.diff(s["validation_acc1"])[0]) for s in strengths}
+    reached = [s["l2_strength"] for s in same]
     own = ours.last.scores(features).argmax(axis=1)
     return {
         "chosen": [ours.sweep.best, theirs.best],
@@ -218,7 +236,15 @@ def compare(ours: Ours, theirs: Theirs, features: Features, labels: Labels) -> d
         "same_predictions": float((own == theirs.last.predict(features)).mean()),
         "strengths_tried": len(strengths),
         "strengths_where_scikit_learn_reached_the_optimum": len(same),
-        "largest_difference_of_accuracy_there": max(gaps, default=None),
+        "strengths_where_scikit_learn_spent_its_iterations": sum(
+            s["iterations"][1] >= theirs.settings["max_iter"] for s in strengths
+        ),
+        "strengths_where_ours_did_not_converge": sum(
+            not model.converged for model in ours.models.values()
+        ),
+        "largest_difference_of_accuracy_there": max((gaps[s] for s in reached), default=None),
+        "largest_difference_of_accuracy_anywhere": max(gaps.values()),
+        "converged": None if not reached else ours.time_again(reached, theirs, rows, of_rows),
         "largest_excess_of_our_objective": max(
             s["objective"][0] - s["objective"][1] for s in strengths
         ),
@@ -230,17 +256,21 @@ def compare(ours: Ours, theirs: Theirs, features: Features, labels: Labels) -> d
 
 
 def measure(name: str, features: Features, labels: Labels, given: argparse.Namespace) -> Any:
+    labels = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    if labels.max() < 2:
+        raise SystemExit(f"{name} has fewer than 3 classes, but this compares the multinomial fit.")
     print(f"{name}: {features.shape}, {labels.max() + 1} classes", flush=True)
     with threadpool_limits(given.threads):
         if given.device != "cpu":  # The first product on a device loads its libraries.
             Ours(features[:2000], labels[:2000], given.device)
         ours = Ours(features, labels, given.device)
         print(f"  ours {ours.wall:.1f} s, chosen {ours.sweep.best:.3g}", flush=True)
-        theirs = Theirs(features, labels, list(ours.models), given.peer_tolerance)
+        theirs = Theirs(features, labels, list(ours.models), given)
+        compared = compare(ours, theirs, features, labels)
     found = {"shape": list(features.shape), "classes": int(labels.max()) + 1}
-    found |= {"peer_tolerance": given.peer_tolerance}
+    found |= {"peer_tolerance": given.peer_tolerance, "peer_iterations": given.peer_iterations}
     found |= {"threads": given.threads, "device": given.device}
-    found |= compare(ours, theirs, features, labels)
+    found |= compared
     shown = {k: v for k, v in found.items() if k != "strengths"}
     print(json.dumps(shown, indent=2), flush=True)
     return found
@@ -255,6 +285,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help=".npz with features and labels")
     parser.add_argument("--threads", type=int, default=blas_threads())
     parser.add_argument("--peer-tolerance", type=float, default=1e-4)
+    parser.add_argument("--peer-iterations", type=int, default=MAX_ITERATIONS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()

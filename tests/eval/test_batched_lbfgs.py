@@ -87,3 +87,28 @@ def test_an_objective_without_a_way_down_ends():
     found = minimize(problem, np.zeros((2, 1, 3)), np.arange(2), max_iterations=1000, xp=np)
     assert not found.converged.any()
     assert found.num_iterations.max() < 1000
+
+
+def test_points_where_the_loss_is_not_finite_are_stepped_back_from_and_forgotten():
+    class Walled(Quadratics):
+        """Infinite, with gradients of no number, beyond a wall that the first steps jump over."""
+
+        def evaluate(self, points, which):
+            losses, gradients, curvatures = super().evaluate(points, which)
+            beyond = np.abs(points).max((1, 2)) > 1.5 * np.abs(self.solutions[which]).max((1, 2))
+            gradients[beyond] = np.nan
+            return np.where(beyond, np.inf, losses), gradients, curvatures
+
+        def precondition(self, vectors, curvatures, which):
+            return vectors * 1e3
+
+    problem = Walled(3, 5, np)
+    found = minimize(problem, np.zeros((3, 1, 5)), np.arange(3), max_iterations=500, xp=np)
+    assert found.converged.all()
+    assert np.allclose(found.points, problem.solutions, atol=1e-6)
+
+
+def test_a_loss_that_stands_still_ends_the_descent():
+    _, found = run(np, tolerance=0.0, limit=5000)
+    assert not found.converged.any()
+    assert found.num_iterations.max() < 500

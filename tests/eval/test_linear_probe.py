@@ -108,6 +108,7 @@ def test_a_given_validation_set_chooses_and_is_then_trained_on(digits):
 def test_the_probe_hands_out_the_scores_that_its_numbers_come_from(digits):
     probe = fit_probe(*digits, seed=0, l2_strengths=(1.0,))
     test, test_labels = digits[2:]
+    assert probe.converged
     assert np.allclose(probe.scores, test @ probe.weights + probe.bias)
     right = probe.classes[probe.scores.argmax(axis=1)] == test_labels
     assert right.mean() == pytest.approx(probe.metrics["lp_acc1"])

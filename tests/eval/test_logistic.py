@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -126,6 +127,44 @@ def test_scores_that_would_overflow_do_not():
     assert losses[0] == pytest.approx(1800 + np.log(2))
     assert np.allclose(residuals[0], [[1, -0.5], [-1, 0.5]])
     assert np.allclose(spread[0], [0.25, 0.25])
+
+
+def objective(weights, bias, features, labels, strength):
+    scores = features @ weights + bias
+    right = scores[np.arange(len(labels)), labels]
+    loss = (logsumexp(scores, axis=1) - right).mean()
+    return loss + 0.5 * strength / len(labels) * (weights**2).sum()
+
+
+@pytest.mark.parametrize("kind", ["rows of any length", "one far row", "every other row long"])
+def test_rows_that_are_far_longer_than_others_do_not_stop_the_descent(kind):
+    features, labels = classes_of_normals(num_rows=900)
+    numbers = np.arange(len(features))[:, None]
+    lengths = {
+        "rows of any length": np.exp(np.random.default_rng(1).standard_normal(numbers.shape)),
+        "one far row": np.where(numbers == 499, 100.0, 1.0),
+        "every other row long": np.where(numbers % 2, 10.0, 1.0),
+    }[kind]
+    features = features * lengths
+    strengths = [1e4, 1.0]
+    models = LogisticProblem(features, labels, num_classes=5).fit(strengths)
+    for model, strength in zip(models, strengths, strict=True):
+        theirs = LogisticRegression(C=1 / strength, max_iter=2000).fit(features, labels)
+        best = objective(theirs.coef_.T, theirs.intercept_, features, labels, strength)
+        own = objective(model.weights, model.bias, features, labels, strength)
+        assert own <= best * (1 + 3e-5)
+        assert model.num_iterations < 200
+
+
+def test_the_optimum_out_of_float32s_reach_ends_in_few_passes_and_says_so():
+    features, labels = classes_of_normals()
+    near = LogisticProblem(features, labels, num_classes=5).fit([1e-3])[0]
+    far = LogisticProblem(features * 1e8, labels, num_classes=5).fit([1e13])[0]
+    assert near.converged
+    # scikit-learn's bound on the gradient is 1e8 times as tight here.
+    assert not far.converged
+    assert far.num_iterations < 300
+    assert relative(far.weights * 1e8, near.weights) < 2e-2
 
 
 def test_features_too_large_for_float32_are_refused():

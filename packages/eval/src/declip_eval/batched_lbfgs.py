@@ -1,8 +1,9 @@
 """L-BFGS on many small convex problems at once, with a preconditioner, for numpy and torch.
 
 The recursion is Nocedal's (1980; Nocedal and Wright 2006, algorithm 7.4). Its first matrix is the
-problem's own preconditioner, not a multiple of the identity, which is what saves the iterations:
-features of real encoders spread over four decades of variance.
+problem's own preconditioner, not the identity, which is what saves the iterations: features of real
+encoders spread over four decades of variance. It is scaled to the last pair (their equation 7.20
+with the preconditioner between), since a classifier grown sure is flatter than its curvature says.
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ DECREASE_NEEDED = 1e-4
 ROUNDING = 1e-7
 """Relative noise of a loss that comes from float32 scores; a step this much up is no step up."""
 
-STEP_SHRINKING = 0.3
-SMALLEST_STEP = 1e-5
+LARGEST_SHRINKING = 0.05
+"""A refused step is cut to where a parabola has its minimum, but at most to this share."""
+
+SMALLEST_STEP = 1e-8
+"""Share of a direction below which it leads nowhere."""
+
+PROGRESS = 1e-6
+"""Share by which a loss must have gone down since the last start for a new start to be worth it,
+and within `PATIENCE` evaluations for going on to be: less is lost in float32's noise."""
+
+PATIENCE = 50
+
+SCALE_KNOWN = 0.5
+"""A pair that differs no more from what the preconditioner says does not change its scale."""
 
 
 class Objective(Protocol):
@@ -55,6 +68,10 @@ def minimize(
 ) -> Minimum:
     """Minimize every problem from its own start; one that is done costs nothing more.
 
+    Where a direction leads nowhere, as after gradients that rounding or far outliers spoiled, the
+    descent starts anew from the preconditioner alone, as long as that brings something. It ends
+    unconverged where neither does, or where the loss stands still.
+
     Args:
         objective: the problems.
         start: (m, columns, size) float64.
@@ -67,9 +84,10 @@ def minimize(
     converged = xp.zeros_like(which) > 0
     descent = _Descent(objective, start, which, xp)
     for iteration in range(max_iterations + 1):
+        descent.start_anew_where_stuck()
         descent.find_directions()
         solved = descent.is_solved()
-        over = solved | (descent.steps < SMALLEST_STEP)
+        over = solved | (descent.steps < SMALLEST_STEP) | (descent.idle >= PATIENCE)
         if iteration == max_iterations:
             over = over | True
         rows = descent.rows[over]
@@ -96,6 +114,9 @@ class _Descent:
         "curvatures",
         "directions",
         "steps",
+        "limits",
+        "marks",
+        "idle",
     )
 
     def __init__(self, objective: Objective, start: Array, which: Array, xp: Any) -> None:
@@ -105,6 +126,11 @@ class _Descent:
         self.losses, self.gradients, self.curvatures = objective.evaluate(start, which)
         self.directions = xp.zeros_like(start)
         self.steps = xp.ones_like(self.losses)
+        self.limits = self.steps * float("inf")
+        """The loss below which a new start is worth it."""
+        self.marks = self.losses
+        """The loss when it last went down by `PROGRESS`, and the evaluations since."""
+        self.idle = xp.zeros_like(which)
         self.pairs: list[tuple[Array, Array, Array]] = []
         """Steps, gradient changes and 1 over their products; 0 for a pair that must not count."""
 
@@ -112,6 +138,14 @@ class _Descent:
         for name in self._KEPT:
             setattr(self, name, getattr(self, name)[running])
         self.pairs = [(s[running], y[running], r[running]) for s, y, r in self.pairs]
+
+    def start_anew_where_stuck(self) -> None:
+        stuck = (self.steps < SMALLEST_STEP) & (self.losses < self.limits)
+        if bool(stuck.any()):
+            below = self.losses - PROGRESS * self.xp.abs(self.losses)
+            self.limits = self.xp.where(stuck, below, self.limits)
+            self.steps = self.xp.where(stuck, 1.0, self.steps)
+            self.pairs = [(s, y, self.xp.where(stuck, 0.0, r)) for s, y, r in self.pairs]
 
     def find_directions(self) -> None:
         """Set the descent directions; a problem whose step was refused keeps its own."""
@@ -121,6 +155,11 @@ class _Descent:
             shares.append(r * _dot(s, vectors))
             vectors = vectors - _spread(shares[-1]) * y
         vectors = self.objective.precondition(vectors, self.curvatures, self.which)
+        if self.pairs:
+            _, y, r = self.pairs[-1]
+            along = r * _dot(y, self.objective.precondition(y, self.curvatures, self.which))
+            known = (along <= 0) | (self.xp.abs(along - 1) < SCALE_KNOWN)
+            vectors = vectors / _spread(self.xp.where(known, 1.0, along))
         for (s, y, r), share in zip(self.pairs, reversed(shares), strict=True):
             vectors = vectors + _spread(share - r * _dot(y, vectors)) * s
         fresh = _spread(self.steps == 1)
@@ -135,18 +174,33 @@ class _Descent:
         xp = self.xp
         points = self.points + _spread(self.steps) * self.directions
         losses, gradients, curvatures = self.objective.evaluate(points, self.which)
-        promised = DECREASE_NEEDED * self.steps * _dot(self.gradients, self.directions)
-        taken = losses <= self.losses + promised + ROUNDING * xp.abs(self.losses)
-        s, y = points - self.points, gradients - self.gradients
-        product = _dot(s, y)
-        curved = taken & (product > 1e-12 * xp.sqrt(_dot(s, s) * _dot(y, y)))
-        inverse = xp.where(curved, 1 / xp.where(curved, product, 1.0), 0.0)
-        self.pairs = [*self.pairs, (s, y, inverse)][-MEMORY:]
+        slopes = self.steps * _dot(self.gradients, self.directions)
+        allowed = DECREASE_NEEDED * slopes + ROUNDING * xp.abs(self.losses)
+        taken = losses <= self.losses + allowed
+        self._remember(points - self.points, gradients - self.gradients, taken)
+        # Of the parabola through the loss here, its slope, and the loss there; NaN counts as high.
+        rise = losses - self.losses - slopes
+        rise = xp.where(rise < float("inf"), rise, float("inf"))
+        shrinking = -0.5 * slopes / xp.where(taken, 1.0, rise)
+        shrunk = self.steps * xp.clip(shrinking, LARGEST_SHRINKING, 0.5)
         self.points = xp.where(_spread(taken), points, self.points)
         self.gradients = xp.where(_spread(taken), gradients, self.gradients)
         self.losses = xp.where(taken, losses, self.losses)
         self.curvatures = xp.where(taken[:, None], curvatures, self.curvatures)
-        self.steps = xp.where(taken, 1.0, self.steps * STEP_SHRINKING)
+        self.steps = xp.where(taken, 1.0, shrunk)
+        lower = self.losses < self.marks - PROGRESS * xp.abs(self.marks)
+        self.marks = xp.where(lower, self.losses, self.marks)
+        self.idle = xp.where(lower, 0, self.idle + 1)
+
+    def _remember(self, s: Array, y: Array, taken: Array) -> None:
+        xp = self.xp
+        product = _dot(s, y)
+        curved = taken & (product > 1e-12 * xp.sqrt(_dot(s, s) * _dot(y, y)))
+        inverse = xp.where(curved, 1 / xp.where(curved, product, 1.0), 0.0)
+        if not bool(curved.all()):
+            # A refused step may hold infinities, which 0 times does not take away.
+            s, y = (xp.where(_spread(curved), each, 0.0) for each in (s, y))
+        self.pairs = [*self.pairs, (s, y, inverse)][-MEMORY:]
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -47,6 +47,9 @@ class Probe:
     """(num_classes,)."""
     validation_scores: dict[float, float]
     """Validation metric of each L2 strength that was tried, in that order."""
+    converged: bool
+    """Whether the last fit met both of `logistic`'s rules; else it spent its iterations, or
+    rounding ended it."""
 
 
 def linear_probe(
@@ -98,8 +101,8 @@ def linear_probe(
         `lp_acc1`, `lp_acc5` (from 5 classes on) and `lp_mean_per_class_recall` as fractions of 1;
         with `multilabel` `lp_mean_average_precision_11` and `lp_mean_average_precision`.
         `l2_strength` chosen, `validation_acc1` at it (or the metric that chose; absent with one
-        strength), and `num_iterations` of the last fit: `MAX_ITERATIONS` means it did not
-        converge.
+        strength), and `num_iterations` of the last fit, at most `MAX_ITERATIONS`; whether it
+        converged is in `fit_probe`'s result.
 
     Raises:
         ValueError: shapes that do not fit, NaN, one class only, a class of the test or validation
@@ -186,7 +189,7 @@ def fit_probe(
         **results,
         "num_iterations": float(model.num_iterations),
     }
-    return Probe(metrics, scores, classes, model.weights, model.bias, tried)
+    return Probe(metrics, scores, classes, model.weights, model.bias, tried, model.converged)
 
 
 class _Scorer(NamedTuple):

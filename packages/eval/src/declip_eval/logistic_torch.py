@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from declip_eval.batched_lbfgs import Minimum, minimize
 from declip_eval.logistic import (
-    COVARIANCE_ROWS,
     DECREASE_TOLERANCE,
     GRADIENT_TOLERANCE,
     MAX_ITERATIONS,
+    SHORTEST_ROW,
     SMALLEST_CURVATURE,
     SMALLEST_LOSS,
     LogisticProblem,
+    sample_rows,
     signs_of,
 )
 from declip_eval.ranking import FloatArray
@@ -67,7 +68,10 @@ class TorchLogisticProblem(LogisticProblem):
             self.rows[block] = (rows[block].double() - self.mean_tensor).float()
         of_classes = targets.astype(np.int64) if self.layout.is_softmax else signs_of(targets)
         self.targets = torch.as_tensor(of_classes).to(self.device)
-        sample = self.rows[:: max(1, len(rows) // (COVARIANCE_ROWS * features.shape[1]))]
+        sample = self.rows[torch.as_tensor(sample_rows(*features.shape)).to(self.device)]
+        lengths = sample.norm(dim=1)  # As in `logistic.covariance_axes`.
+        median = lengths.median().clip(min=SHORTEST_ROW)
+        sample = sample * (median / lengths.clip(min=median)).sqrt()[:, None]
         covariance = (sample.T @ sample).double() / len(sample)
         self.eigenvalues, self.axes = torch.linalg.eigh(covariance)
         self.eigenvalues = self.eigenvalues.clip(min=0)
