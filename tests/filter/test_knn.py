@@ -85,7 +85,7 @@ def test_both_scans_reach_the_target_at_another_seed(scan_dtype, rows, exact):
 @pytest.mark.parametrize("target", [0.9])
 def test_the_recall_told_is_the_recall_within_its_error(target, exact, rows, monkeypatch):
     """Few probes at first, so that graphs of poor recall are judged too."""
-    monkeypatch.setattr(knn, "FIRST_PROBES", 1)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
     graph = approximate_graph(ArrayVectors(rows), K, recall_target=target)
     wanted = exact.scores[:, -1:] - 1e-5
     of_rows = (graph.scores >= wanted).mean(axis=1)
@@ -96,7 +96,7 @@ def test_the_recall_told_is_the_recall_within_its_error(target, exact, rows, mon
 
 
 def test_more_is_reached_where_more_is_asked(rows, exact, monkeypatch):
-    monkeypatch.setattr(knn, "FIRST_PROBES", 1)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
     graphs = [approximate_graph(ArrayVectors(rows), K, recall_target=t) for t in (0.3, 0.99)]
     low, high = (share_found(graph, exact) for graph in graphs)
     assert low < high
@@ -187,7 +187,7 @@ def test_what_is_not_reached_is_said(caplog):
     rows = unit_rows(4096, 64)
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(knn, "MOST_PROBES", 1)
-        patch.setattr(knn, "FIRST_PROBES", 1)
+        patch.setattr(knn, "FIRST_PROBES", (1, 2))
         graph = approximate_graph(ArrayVectors(rows), K)
     assert graph.recall is not None
     assert graph.recall < 0.9
@@ -212,9 +212,8 @@ def spy_on_recall(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_round_never_makes_lists_worse(k, monkeypatch):
     """Of lists far longer than a round follows, and of shorter ones; rounds after each step."""
     told = spy_on_recall(monkeypatch)
-    monkeypatch.setattr(knn, "FIRST_PROBES", 1)
+    monkeypatch.setattr(knn, "FIRST_PROBES", (1, 2))
     monkeypatch.setattr(knn, "MANY_PROBES", 1)
-    monkeypatch.setattr(knn, "PROBES_OF_ROUND", 1)
     monkeypatch.setattr(knn, "MOST_PROBES", 4)
     vectors = ArrayVectors(unit_rows(4096, 64))
     graph = approximate_graph(vectors, k, recall_target=1, scan_dtype=torch.float32)

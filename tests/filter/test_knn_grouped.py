@@ -100,12 +100,7 @@ def test_more_clusters_find_more_and_lose_nothing():
 
 def test_what_one_of_a_pair_saw_both_know():
     matrix, clusters = clustered(unit_rows(NUM, 24))
-    scan = Scan(matrix, clusters, most_probes=6, offset=0.1)
-    lists = scan.first_lists(1, WIDTH)
-    lists.add_reverse()
-    for done, probes in ((1, 3), (3, 6)):
-        scan.widen(lists, done, probes)
-        check_found(lists.near)
+    lists = scanned(matrix, clusters, (1, 3))
     last = lists.scores[:, -1]
     for row in range(0, NUM, 7):
         for other, score in zip(lists.near[row], lists.scores[row], strict=True):

@@ -14,7 +14,6 @@ from declip_filter.knn_select import (
     MOST_QUERIES,
     MOST_ROWS,
     Columnwise,
-    Limits,
     Products,
     largest,
     pad_columns,
@@ -70,39 +69,6 @@ def test_products_are_inner_products_less_the_offset(dtype, num_rows):
         assert found.shape == (num, num_rows)
         assert torch.allclose(found, wanted, atol=1e-5 if dtype == torch.float32 else 6e-3)
     assert (matrix[:MOST_ROWS, 31] == 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pairs_above_either_limit_are_found(dtype):
-    """All of them, but for what is within a rounding of a limit, or below the low limit."""
-    generator = torch.Generator().manual_seed(2)
-    matrix = torch.zeros(MOST_ROWS, 32, dtype=dtype)
-    matrix[:, :31] = torch.nn.functional.normalize(
-        torch.randn(MOST_ROWS, 31, generator=generator), dim=1
-    )
-    matrix[:, 31] = 1
-    exact = np.random.default_rng(3).uniform(0.1, 0.4, MOST_ROWS).astype(np.float32)
-    exact[::9] = -1.5  # lists with room
-    limits = Limits.of(exact, dtype, -1.5)
-    low = float(limits.lowest.max())
-    assert low == pytest.approx(0.1, abs=2e-3)
-    queries, named = torch.arange(40, 100), np.arange(5, 605, dtype=np.int32)
-    products = Products(dtype, 32, offset=0.25)
-    rows, columns, scores = products.above_either(
-        matrix, queries, matrix[5:], len(named), limits, named
-    )
-    true = (matrix[queries, :31].float() @ matrix[5:605, :31].float().T).numpy()
-    rounding = 1e-5 if dtype == torch.float32 else 1e-2
-    assert np.allclose(scores, true[rows, columns] - 0.25, atol=rounding)
-    found = np.zeros(true.shape, dtype=bool)
-    found[rows, columns] = True
-    own, others = exact[queries.numpy()][:, None], np.maximum(exact[named], low)[None]
-    useful = (true > own + rounding) | (true > others + rounding)
-    assert found[useful].all()
-    useless = (true < own - rounding) & (true < others - rounding)
-    assert not found[useless].any()
-    assert useful.any()
-    assert useless.any()
 
 
 def test_blocks_fit_their_buffers():

@@ -18,7 +18,6 @@ from declip_filter.knn_exact import exact_neighbors, number_groups
 from declip_filter.knn_graph import ArrayVectors, Graph, Matrix, Rows, check_groups, check_k
 from declip_filter.knn_grouped import Scan
 from declip_filter.knn_lists import Candidates
-from declip_filter.knn_memory import small_pages
 from declip_filter.knn_refine import refine
 from declip_filter.knn_rerank import StoredRows, rank_lists
 from declip_filter.knn_space import (
@@ -46,15 +45,11 @@ CANDIDATES_BEYOND = (5, 9, 17)
 that do, the most where no space does with fewer."""
 SHARE_FOR_SPACE = 5
 """A space may lose this part of what the recall target lets be lost."""
-FIRST_PROBES = 2
+FIRST_PROBES = (3, 8)
 """Clusters that a row meets before it is known how recall grows with them."""
-FIRST_POWER = 1.0
-"""How that is guessed to be, until it is known: what is missed falls as this power of them."""
 MOST_PROBES = 64
-MANY_PROBES = 16
+MANY_PROBES = 24
 """Where more would be needed, a round of neighbors of neighbors is cheaper."""
-PROBES_OF_ROUND = 12
-"""Clusters that are met before one."""
 HOPS = 10
 """Neighbors followed each way in a round."""
 MOST_GRAPH_ROWS = 2**27
@@ -73,15 +68,10 @@ class _Sample:
     """Score of the last true neighbor: (sample,), -inf where there are fewer than k."""
     num_true: int
 
-    def recall(self, scores: npt.NDArray[np.float32]) -> tuple[float, float]:
-        """Share of the true neighbors in lists of these scores, (sample, k), and its error.
-
-        The error is the standard error of the mean over rows.
-        """
+    def recall(self, scores: npt.NDArray[np.float32]) -> float:
+        """Share of the true neighbors in lists of these scores, (sample, k)."""
         found = (scores >= self.last_scores[:, None] - SAME_SCORE) & np.isfinite(scores)
-        share = min(1.0, float(found.sum()) / max(self.num_true, 1))
-        spread = float(found.sum(axis=1).std()) * len(found) / max(self.num_true, 1)
-        return share, spread / math.sqrt(len(found))
+        return min(1.0, float(found.sum()) / max(self.num_true, 1))
 
     @property
     def offset(self) -> float:
@@ -142,7 +132,7 @@ def approximate_graph(
         return exact_neighbors(vectors, everyone, k, groups=groups)
     numbered = None if groups is None else number_groups(groups).astype(np.int32)
     # The same large buffers are needed in every step.
-    with kept_memory(), small_pages():
+    with kept_memory():
         return _find_graph(
             vectors, k, recall_target, seed, num_threads, max_memory_gib, numbered, scan_dtype
         )
@@ -226,22 +216,21 @@ def _sample(vectors: Matrix, k: int, seed: int, groups: npt.NDArray[np.int32] | 
 def next_probes(missed: Sequence[tuple[int, float]], allowed: float) -> int:
     """How many clusters a row should meet so that no more than a share of neighbors is missed.
 
-    What is missed falls about as a power of the number of clusters met. Which power, two
-    measurements tell; with one it is guessed, and the step is at least a quarter.
+    What is missed falls about as a power of the number of clusters met.
 
     Args:
         missed: clusters met and the share missed then, in the order measured.
         allowed: the share that may be missed.
     """
     last, share = missed[-1]
-    power, least = FIRST_POWER, last + max(1, last // 4)
-    if len(missed) > 1:
-        before, more = missed[-2]
-        power, least = math.log(more / max(share, 1e-6)) / math.log(last / before), last + 1
+    if len(missed) == 1:
+        return max(FIRST_PROBES[1], last + last // 4)
+    before, more = missed[-2]
+    power = math.log(more / max(share, 1e-6)) / math.log(last / before)
     if power <= 0.05 or allowed <= 0:
         return 2 * last
     needed = float(last * (share / allowed) ** (1 / power))
-    return min(max(math.ceil(needed), least), 64 * last)
+    return min(max(math.ceil(needed), last + 1), 64 * last)
 
 
 class _Search:
@@ -269,8 +258,6 @@ class _Search:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         self.sampled = place[sample.rows]
-        self.error = 0.0
-        """Standard error of the recall measured last."""
 
     def run(self, recall_target: float) -> Graph:
         """Meet clusters and refine until the target is reached or nothing is left to try."""
@@ -282,26 +269,25 @@ class _Search:
             groups=self.groups,
             num_threads=self.num_threads,
         )
-        lists = scan.first_lists(FIRST_PROBES, self.width)
+        lists = scan.first_lists(FIRST_PROBES[0], self.width)
         recall = self._recall(lists.near)
-        if 1 - recall > self._allowed(recall, recall_target):
+        if recall < recall_target:
             lists.add_reverse()
             recall = self._recall(lists.near)
-        missed = [(FIRST_PROBES, 1 - recall)]
+        missed = [(FIRST_PROBES[0], 1 - recall)]
         is_refined = False
-        while missed[-1][1] > (allowed := self._allowed(1 - missed[-1][1], recall_target)):
+        while 1 - missed[-1][1] < recall_target:
             probes = missed[-1][0]
-            wanted = next_probes(missed, allowed)
-            if wanted > MANY_PROBES and probes >= PROBES_OF_ROUND and not is_refined:
-                met = scan.met(probes)
-                refine(self.matrix, lists, HOPS, self.sample.offset, self.num_threads, met)
+            wanted = next_probes(missed, 1 - recall_target)
+            if wanted > MANY_PROBES and probes >= MANY_PROBES // 2 and not is_refined:
+                refine(self.matrix, lists, HOPS, self.sample.offset, self.num_threads)
                 is_refined = True
                 missed = [(probes, 1 - self._recall(lists.near))]
                 continue
             if probes >= scan.most_probes:
                 break
-            if wanted > MANY_PROBES:  # some, then a round; and so on
-                wanted = max(PROBES_OF_ROUND, 2 * probes)
+            if wanted > MANY_PROBES:  # half of them, then a round; and so on
+                wanted = max(MANY_PROBES // 2, 2 * probes)
             wanted = min(wanted, scan.most_probes)
             scan.widen(lists, probes, wanted)
             is_refined = False
@@ -315,20 +301,9 @@ class _Search:
             )  # fmt: skip
         return replace(self._rank(lists.near), recall=recall)
 
-    def _allowed(self, recall: float, recall_target: float) -> float:
-        """What share of the sample's neighbors may be missed for the target to be held reached.
-
-        Less than of all rows' by the standard error: the search stops by what it measures, and
-        would else stop where the measure is lucky. By at most half, for targets near 1. Below the
-        target the error is taken that it will have there: it falls as the root of what is missed.
-        """
-        allowed = 1 - recall_target
-        error = self.error * math.sqrt(min(1.0, allowed / max(1 - recall, 1e-9)))
-        return max(allowed - error, allowed / 2)
-
     def _recall(self, near: Candidates) -> float:
         scores, _ = rank_lists(self.rows, self.sampled, near[self.sampled], self.k, self.groups, 1)
-        recall, self.error = self.sample.recall(scores)
+        recall = self.sample.recall(scores)
         logger.info("neighbor graph: recall@%d is %.3f", self.k, recall)
         return recall
 

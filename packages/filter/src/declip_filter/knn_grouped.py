@@ -5,9 +5,7 @@ are grouped by cluster, so that a cluster's members meet all rows that ask for t
 (performance: eight times the rate, same result).
 """
 
-import itertools
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +13,7 @@ import numpy.typing as npt
 import torch
 
 from declip_filter.kmeans import Clusters, Labels, nearest_centers
-from declip_filter.knn_lists import LOWEST, Candidates, Groups, Lists
-from declip_filter.knn_refine import Found, Met
+from declip_filter.knn_lists import Candidates, Groups, Lists
 from declip_filter.knn_select import (
     LEAST_KEY,
     MISSING,
@@ -24,7 +21,6 @@ from declip_filter.knn_select import (
     Coarse,
     Columnwise,
     Keys,
-    Limits,
     Products,
     largest,
     pad_columns,
@@ -39,8 +35,6 @@ MET_TOWNS = 10
 """Towns whose clusters a row meets, to find its nearest clusters."""
 PART_ROWS = 2**18
 """Rows that meet further clusters at once."""
-LATE = 8
-"""Candidates of a row that wait at most for other rows to be scanned, on the average."""
 MOST_KEPT = 32
 """Members that a row keeps of a cluster, or clusters of a town."""
 BUFFER_KEYS = 2**25
@@ -148,13 +142,6 @@ class Scan:
         self._meet(centers, towns, probes, scores, is_of_rows=False)
         return probes
 
-    def met(self, num_probes: int) -> Met:
-        """What rows have met with their first few clusters."""
-        cluster_of = np.full(self.num_rows + 1, -1, dtype=np.int32)
-        sizes = np.diff(self.members.starts)
-        cluster_of[self.members.rows] = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        return Met(np.ascontiguousarray(self.probes[:, :num_probes]), cluster_of, len(sizes))
-
     def first_lists(self, num_probes: int, width: int) -> Lists:
         """The best candidates of each row among the members of its first few clusters."""
         near = np.full((self.num_rows, width), -1, dtype=np.int32)
@@ -188,40 +175,25 @@ class Scan:
     def widen(self, lists: Lists, first_probe: int, last_probe: int) -> None:
         """Meet further clusters: ``first_probe`` to ``last_probe`` (not included).
 
-        Only what scores above a row's last candidate so far is looked at, a few of a thousand; and
-        what one of a pair meets, both know: the product is made once, and compared twice.
+        Only what scores above a row's last candidate so far is looked at, a few of a thousand.
         """
-        limits = Limits.of(
-            lists.thresholds() + np.float32(self.offset),
-            self.matrix.dtype,
-            float(LOWEST) + self.offset,
-        )
-        met = self.met(last_probe)
-        late: list[Found] = []
+        limits = torch.from_numpy(lists.thresholds()).to(self.matrix.dtype)
         for start in range(0, self.num_rows, PART_ROWS):
             stop = min(start + PART_ROWS, self.num_rows)
-            found, back = self._above(limits, met, start, stop, first_probe)
-            if stop - start == self.num_rows:
-                lists.merge(start, stop, *join([found, back]))
-                return
+            probes = self.probes[start:stop, first_probe:last_probe]
+            found = self._above(limits, probes, start)
             lists.merge(start, stop, *found)
-            late.append(back)
-            if stop == self.num_rows or sum(len(rows) for rows, _, _ in late) > LATE * stop:
-                lists.merge_all(*join(late))
-                late = []
+        lists.add_reverse()
 
     def _above(
-        self, limits: Limits, met: Met, first_row: int, last_row: int, first_probe: int
-    ) -> tuple[Found, Found]:
-        """Candidates of some rows above their limits, and those rows as candidates of others."""
+        self, limits: torch.Tensor, probes: Labels, first_row: int
+    ) -> tuple[Candidates, Candidates, Coarse]:
+        """Candidates above their rows' limits: rows, candidates, scores."""
         members = self.members
-        probes = met.probes[first_row:last_row, first_probe:]
         asking, _, bounds = group_by_cluster(probes, first_row, len(members.starts) - 1)
         starts = members.starts.tolist()
-        found: list[list[Found]] = [[] for _ in starts[1:]]
-        late: list[list[Found]] = [[] for _ in starts[1:]]
+        found: list[list[tuple[Candidates, Candidates, Coarse]]] = [[] for _ in starts[1:]]
         local = threading.local()
-        least = limits.exact - np.float32(self.offset)
 
         def scan(cluster: int) -> None:
             if not hasattr(local, "products"):
@@ -230,35 +202,22 @@ class Scan:
             if low == high:
                 return
             block = members.matrix[low : low + pad_columns(high - low)]
-            named = members.rows[low:high]
             step = Products.queries_at_once(high - low)
             for start in range(bounds[cluster], bounds[cluster + 1], step):
                 asked = asking[start : min(start + step, bounds[cluster + 1])]
-                rows, columns, scores = local.products.above_either(
-                    self.matrix, asked, block, high - low, limits, named
+                rows, columns, scores = local.products.above(
+                    self.matrix, asked, limits[asked], block, high - low
                 )
-                owners, ids = asked.numpy()[rows].astype(np.int32), named[columns]
-                ahead = scores > least[owners]
-                found[cluster].append((owners[ahead], ids[ahead], scores[ahead]))
-                back = np.flatnonzero(scores > least[ids])
-                owners, ids, scores = owners[back], ids[back], scores[back]
-                # Unless that row meets this one's cluster by itself.
-                own = met.cluster_of[owners]
-                new = (met.probes[ids] != own[:, None]).all(axis=1) | (own < 0)
-                late[cluster].append((ids[new], owners[new], scores[new]))
+                names = asked.numpy()[rows].astype(np.int32)
+                found[cluster].append((names, members.rows[low + columns], scores))
 
         run_in_threads(range(len(found)), scan, self.num_threads)
-        return join(itertools.chain(*found)), join(itertools.chain(*late))
-
-
-def join(pieces: Iterable[Found]) -> Found:
-    """Rows, candidates and scores of all pieces."""
-    every = list(pieces)
-    if not every:
-        nobody = np.empty(0, dtype=np.int32)
-        return nobody, nobody, np.empty(0, dtype=np.float32)
-    rows, ids, scores = (np.concatenate(column) for column in zip(*every, strict=True))
-    return rows, ids, scores
+        every = [piece for pieces in found for piece in pieces]
+        if not every:
+            nobody = np.empty(0, dtype=np.int32)
+            return nobody, nobody, np.empty(0, dtype=np.float32)
+        rows, ids, scores = (np.concatenate(column) for column in zip(*every, strict=True))
+        return rows, ids, scores
 
 
 def group_by_cluster(

@@ -53,9 +53,7 @@ class Lists:
             ids: the candidates; a row itself and members of its group are left out.
             scores: theirs.
         """
-        limits = np.ascontiguousarray(self.scores[:, -1])
-        useful = scores > limits[rows]
-        useful &= ids != rows
+        useful = (ids != rows) & (scores > self.scores[rows, -1])
         if self.groups is not None:
             useful &= self.groups[rows] != self.groups[ids]
         rows, ids, scores = rows[useful] - np.int32(first), ids[useful], scores[useful]
@@ -84,10 +82,6 @@ class Lists:
         entries = np.flatnonzero(scores > limits[near])
         rows, ids = near[entries], (entries // self.width).astype(np.int32)
         scores = scores[entries]
-        self.merge_all(rows, ids, scores)
-
-    def merge_all(self, rows: Candidates, ids: Candidates, scores: Coarse) -> None:
-        """Take candidates of any rows into their lists, as :meth:`merge`."""
         for first in range(0, self.num_rows, ROWS_AT_ONCE):
             stop = min(first + ROWS_AT_ONCE, self.num_rows)
             if stop - first == self.num_rows:
@@ -125,7 +119,7 @@ def _unpack_score(steps: npt.NDArray[np.int64]) -> Coarse:
 
 def _best_of_targets(
     targets: Candidates, scores: Coarse, num_targets: int, width: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The best few entries of each target: entries, their targets, their places from 0.
 
     One integer sorts by target, then by (rough) score, and says which entry it was: sorting is four
@@ -133,20 +127,15 @@ def _best_of_targets(
     """
     entry_bits = max(1, len(targets).bit_length())
     score_bits = min(16, 63 - num_targets.bit_length() - entry_bits)
-    rough = scores + np.float32(4)
-    rough *= np.float32(2 ** (score_bits - 3))
-    np.clip(rough, 0, 2**score_bits - 1, out=rough)
-    # In place and in few bits: these are the largest arrays of a search.
-    keys = targets.astype(np.int64)
-    keys <<= score_bits
-    keys += np.int32(2**score_bits - 1) - rough.astype(np.int32)
-    keys <<= entry_bits
-    keys += np.arange(len(targets), dtype=np.int32)
+    rough = np.clip(
+        (scores + np.float32(4)) * np.float32(2 ** (score_bits - 3)), 0, 2**score_bits - 1
+    )
+    keys = targets.astype(np.int64) << (entry_bits + score_bits)
+    keys |= (2**score_bits - 1 - rough.astype(np.int64)) << entry_bits
+    keys |= np.arange(len(targets))
     keys.sort()
-    found = (keys >> (entry_bits + score_bits)).astype(np.int32)
-    starts = np.searchsorted(found, np.arange(num_targets, dtype=np.int32)).astype(np.int32)
-    place = np.arange(len(found), dtype=np.int32)
-    place -= starts[found]
+    found = keys >> (entry_bits + score_bits)
+    place = np.arange(len(found)) - np.searchsorted(found, np.arange(num_targets))[found]
     kept = place < width
     return keys[kept] & (2**entry_bits - 1), found[kept], place[kept]
 

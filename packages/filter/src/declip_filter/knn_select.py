@@ -10,7 +10,6 @@ scored again in float32.
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -28,8 +27,6 @@ MISSING = 0.5
 """A lifted score below all others: of what must not be chosen."""
 LEAST_KEY = np.int32(0x3F400000)  # of 0.75
 """Keys below are of scores that were MISSING, or of nothing."""
-LOW_SHARE = 500
-"""One of so many rows may have a limit below what limits are measured from."""
 LEAST_QUERIES, MOST_QUERIES = 32, 1024
 BLOCK_SCORES = 2**18
 """Most scores of a block: 1 MiB, what a core's second cache holds."""
@@ -76,35 +73,6 @@ def largest(keys: Keys, num: int, *, in_order: bool = False) -> Keys:
     if in_order:
         keys = np.sort(keys, axis=-1)[..., ::-1]
     return keys
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What pairs must score above to be of use to one of the two."""
-
-    exact: Coarse
-    """Of each row: (rows,)."""
-    subtracted: torch.Tensor
-    """What products are made less, of each row: a low limit of all, or the row's own, lower one."""
-    lowest: Coarse
-    """The same in float32."""
-    bits: npt.NDArray[np.int16] | npt.NDArray[np.int32]
-    """How far each row's limit is above, of the products' type, as integers."""
-
-    @classmethod
-    def of(cls, scores: Coarse, dtype: torch.dtype, no_limit: float) -> "Limits":
-        """Limits by the scores of rows' last candidates, (rows,), for products of a type.
-
-        All are measured from a low one of them, near which bfloat16 tells scores apart; those not
-        above ``no_limit``, of lists with room, are left out of account in that.
-        """
-        full = scores[scores > no_limit]
-        place = len(full) // LOW_SHARE
-        base = np.partition(full, place)[place] if len(full) else np.float32(no_limit)
-        subtracted = torch.from_numpy(np.minimum(scores, base)).to(dtype)
-        lowest = subtracted.float().numpy()
-        above = torch.from_numpy(np.maximum(scores - lowest, 0)).to(dtype)
-        return cls(scores, subtracted, lowest, _bits(above))
 
 
 class Products:
@@ -169,36 +137,6 @@ class Products:
         excess = coarse[torch.from_numpy(asked), torch.from_numpy(columns)].float().numpy()
         return asked, columns, excess + (limits.float().numpy()[asked] - np.float32(self._offset))
 
-    def above_either(
-        self,
-        matrix: torch.Tensor,
-        queries: torch.Tensor,
-        rows: torch.Tensor,
-        num_rows: int,
-        limits: "Limits",
-        named: Columns,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Coarse]:
-        """Which pairs score above the limit of one of the two.
-
-        Args:
-            matrix, queries, rows, num_rows: as for :meth:`lifted`.
-            limits: of all rows of ``matrix``.
-            named: which of those ``rows`` are: (num_rows,).
-
-        Returns:
-            As :meth:`above`. Of a query with a limit below the low one, all pairs above its own.
-        """
-        coarse = self._multiply(matrix, queries, limits.subtracted[queries], rows, num_rows)
-        bits = _bits(coarse)
-        asking = queries.numpy()
-        wanted = bits > limits.bits[asking][:, None]
-        np.logical_or(wanted, bits > limits.bits[named], out=wanted)
-        flat = np.flatnonzero(wanted)
-        asked = flat // num_rows
-        columns = flat - asked * num_rows
-        excess = coarse[torch.from_numpy(asked), torch.from_numpy(columns)].float().numpy()
-        return asked, columns, excess + (limits.lowest[asking[asked]] - np.float32(self._offset))
-
     def _multiply(
         self,
         matrix: torch.Tensor,
@@ -217,13 +155,6 @@ class Products:
         return coarse[:num, :num_rows]
 
 
-def _bits(scores: torch.Tensor) -> "npt.NDArray[np.int16] | npt.NDArray[np.int32]":
-    """Integers that compare with those of floats that are not negative as the floats do."""
-    kind = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
-    bits: npt.NDArray[np.int16] | npt.NDArray[np.int32] = scores.view(kind).numpy()
-    return bits
-
-
 def find_positive(
     scores: torch.Tensor,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -231,7 +162,8 @@ def find_positive(
 
     The bits of a positive float are a positive integer, which is what numpy has bfloat16 for.
     """
-    flat = np.flatnonzero(_bits(scores) > 0)
+    bits = scores.view(torch.int16 if scores.dtype == torch.bfloat16 else torch.int32).numpy()
+    flat = np.flatnonzero(bits > 0)
     rows = flat // scores.shape[1]
     return rows, flat - rows * scores.shape[1]
 

@@ -149,13 +149,12 @@ def project_rows(vectors: Matrix, space: Space) -> torch.Tensor:
     The padding is zeros, but for its first row's last number: against a query that ends in minus
     the offset that row scores lower than any vector, so that it may fill lists up.
     """
-    projected = torch.empty(vectors.num_rows + MOST_ROWS, space.dim, dtype=space.dtype)
+    projected = torch.zeros(vectors.num_rows + MOST_ROWS, space.dim, dtype=space.dtype)
     for start in range(0, vectors.num_rows, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, vectors.num_rows)
         # Copied where it cannot be written to, as in exact search.
         rows = torch.from_numpy(np.require(vectors.read(start, stop), requirements=["C", "W"]))
         projected[start:stop] = space.project(rows)
-    projected[vectors.num_rows :] = 0
     projected[vectors.num_rows, -1] = 10 / LEAST_OFFSET
     return projected
 
@@ -164,7 +163,7 @@ def sort_rows(
     projected: torch.Tensor, order: "np.ndarray[tuple[int], np.dtype[np.int64]]"
 ) -> torch.Tensor:
     """Rows in another order, with the padding."""
-    ordered = torch.empty_like(projected)
+    ordered = torch.zeros_like(projected)
     torch.index_select(projected, 0, torch.from_numpy(order), out=ordered[: len(order)])
     ordered[len(order) :] = projected[len(order) :]
     return ordered
