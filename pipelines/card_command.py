@@ -8,10 +8,10 @@ from pathlib import Path
 from declip_shards import DeclipError, Store, manifest
 from pipelines.arguments import ArgumentParser
 from pipelines.card_facts import gather_card_facts
+from pipelines.eval_summary import SUMMARY
 from pipelines.model_card import model_card
 from pipelines.runner import check_location
 from pipelines.stored_results import (
-    SUMMARY,
     TASK_TITLES,
     StoredResult,
     load_results,

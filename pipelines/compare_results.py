@@ -19,7 +19,7 @@ LEVEL = 0.05
 _VALUE_TOLERANCE = 1e-6
 _OWN_HASHES = ("weights", "train", "ingest", "data", "evaluation")
 """Hashes that two models differ in, of course, or whose difference is told otherwise."""
-_FITTED = re.compile(r"l2_strength|num_iterations|validation_(?!fraction)\w+")
+_FITTED = re.compile(r"l2_strength|num_iterations|converged|validation_(?!fraction)\w+")
 """What came out of fitting a probe, and stands among its settings."""
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 from declip_eval.dataset_table import find_dataset, get_suite, list_datasets
 from declip_eval.published_results import PublishedResult, published_results
 from declip_shards import DeclipError
-from pipelines.stored_results import SUMMARY, TASK_TITLES, StoredResult, refuse_doubles
+from pipelines.eval_summary import SUMMARY
+from pipelines.stored_results import TASK_TITLES, StoredResult, refuse_doubles
 
 Status = Literal["measured", "published", "missing", "failed", "unknown"]
 """missing and failed: no number was measured here; unknown: no paper's is known here."""

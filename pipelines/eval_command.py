@@ -61,7 +61,7 @@ def _refuse_no_folder(output: str) -> None:
     Raises:
         DeclipError: a file stands where a folder must.
     """
-    from pipelines.eval_tasks import output_folder
+    from pipelines.eval_summary import output_folder
 
     folder = output_folder(output).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -71,7 +71,8 @@ def _refuse_no_folder(output: str) -> None:
 
 
 def _run(options: EvalOptions, jobs: Sequence[Job], ranks: Ranks) -> int:
-    from pipelines.eval_tasks import Evaluation, exit_status, num_cores
+    from pipelines.eval_summary import exit_status
+    from pipelines.eval_tasks import Evaluation, num_cores
 
     device = choose_device(options.device, ranks)
     num_threads = options.num_workers or num_cores(ranks)

@@ -7,7 +7,8 @@ import fsspec
 
 from declip_eval.dataset_table import DatasetInfo, expand_names, find_dataset
 from declip_shards import DeclipError
-from pipelines.eval_options import EvalOptions, lines_of, one_a_dataset
+from pipelines.eval_lists import lines_of, one_a_dataset
+from pipelines.eval_options import EvalOptions
 
 
 @dataclass(frozen=True, kw_only=True)

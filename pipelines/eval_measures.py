@@ -269,7 +269,7 @@ def linear_probe(subject: Subject) -> Measured | None:
     settings = _probe_settings(subject, parts) | {
         name: value for name, value in probe.metrics.items() if not name.startswith("lp_")
     }
-    settings["sweep"] = "clip"
+    settings |= {"sweep": "clip", "converged": probe.converged}
     if parts.validation is None:
         settings["validation_fraction"] = subject.val_proportion
     measured = _measured(
@@ -449,10 +449,8 @@ def _probe_outcomes(subject: Subject, parts: ProbeParts, probe: Probe) -> Outcom
 
 
 def _selection_metric(info: DatasetInfo | None, is_multilabel: bool) -> str | None:
-    """The metric that chooses a probe's strength: the dataset's own where a probe has it."""
-    if info is None or is_multilabel or info.metric != "mean_per_class_recall":
-        return None
-    return info.metric
+    """The metric that chooses a probe's strength: the one that papers print of the dataset."""
+    return None if info is None or is_multilabel else info.metric
 
 
 def _probe_settings(

@@ -149,12 +149,13 @@ class GlobalScores(ABC):
         return scores, np.ascontiguousarray(scores.T)
 
 
-class TowersModel(GlobalScores):
-    """Two towers of this project and their global embeddings, whatever file the weights are from.
+class OwnTowers:
+    """Two towers of this project, whatever file the weights are from, and how they are fed.
 
     Args:
         towers: both.
         preparation: of pictures.
+        heads: projections of tokens, of a model that is compared token by token.
         name: of the architecture.
         pretrained: of the weights.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -164,14 +165,12 @@ class TowersModel(GlobalScores):
         DeclipError: the preparation does not fit the image tower.
     """
 
-    scoring = "global"
-    probe_features = "before the projection"
-
     def __init__(
         self,
         towers: TwoTowers,
         preparation: Preparation,
         *,
+        heads: TokenHeads | None = None,
         name: str,
         pretrained: str,
         device: str = "cpu",
@@ -181,7 +180,7 @@ class TowersModel(GlobalScores):
         require_size(preparation, self.image_size, pretrained)
         self.name, self.pretrained = name, pretrained
         self.preparation, self.preprocessing = preparation, preparation.text
-        self.digest = digest_of(towers, None)
+        self.digest = digest_of(towers, heads)
         self._towers = towers.to(device).eval()
         pack_linears(self._towers, device)
         self._device, self._num_threads = device, num_threads
@@ -191,6 +190,13 @@ class TowersModel(GlobalScores):
     def prepare(self, images: Sequence[bytes | str]) -> tuple[Views, list[str | None]]:
         """See `EvalModel`."""
         return self.preparation.make(images, self._num_threads)
+
+
+class TowersModel(OwnTowers, GlobalScores):
+    """`OwnTowers` by their global embeddings."""
+
+    scoring = "global"
+    probe_features = "before the projection"
 
     def encode(self, prepared: Views) -> ImageFeatures | TokenFeatures:
         """See `EvalModel`."""

@@ -5,13 +5,10 @@ made of a part of one. A result that stands and was made of the same weights, da
 settings is kept.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +26,6 @@ from declip_eval.outcomes import outcomes_path, write_outcomes
 from declip_eval.results import EvalResult, result_path, write_result
 from declip_eval.templates import TEMPLATE_SETS, get_templates
 from declip_shards import DeclipError
-from declip_shards.store import atomic_write
 from pipelines.eval_examples import examples_path, save_examples
 from pipelines.eval_features import FeatureWork, PictureSet
 from pipelines.eval_jobs import Job
@@ -47,37 +43,24 @@ from pipelines.eval_options import PROBES, EvalOptions
 from pipelines.eval_overlap import OverlapSearch, with_overlap
 from pipelines.eval_ranks import Ranks
 from pipelines.eval_records import ResultPlan
+from pipelines.eval_summary import (
+    DONE,
+    FAILED,
+    KEPT,
+    MISSING,
+    OTHER_KIND,
+    Entry,
+    locked,
+    output_folder,
+    samples_text,
+    write_summary,
+)
 
 if TYPE_CHECKING:
     from pipelines.eval_models import EvalModel
     from pipelines.eval_views import Views
 
 log = logging.getLogger(__name__)
-SUMMARY = "eval_summary.jsonl"
-"""Beside the results: what became of every evaluation, one a line. Not .json: CLIP_benchmark's
-``build`` reads every such file of a folder as a result."""
-SCHEMA_VERSION = 1
-"""Of the summary's lines."""
-_KEY = ("model", "dataset", "language", "task")
-DONE, KEPT, MISSING, FAILED, OTHER_KIND = "done", "kept", "missing", "failed", "other_kind"
-"""What became of an evaluation; other_kind: the dataset is not of the task's kind."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What became of one model on one dataset by one task."""
-
-    model: str
-    """As it was asked for."""
-    dataset: str
-    task: str
-    language: str
-    status: str
-    note: str = ""
-    """Why there is no result."""
-    results: tuple[str, ...] = ()
-    """Their files, relative to the summary's folder where they lie in it."""
-    num_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +132,7 @@ class Evaluation:
                     place = (number * len(self.jobs) + job_number) * len(self.options.tasks)
                     place = (place + task_number) * STEPS + 1
                     self._run_one(report, spec, model, job, task, place)
-        self._write_summary(report.entries)
+        self._tell_summary(report.entries)
         return report
 
     def _note_model(self, report: Report, spec: str, note: str) -> None:
@@ -190,8 +173,8 @@ class Evaluation:
             log.exception("%s %s", job.dataset, task)
             entry = dataclasses.replace(entry, note=f"{type(error).__name__}: {error}")
         report.entries.append(entry)
-        self._write_summary(report.entries)
-        told = entry.note or f"{entry.status}{_samples_text(entry)}"
+        self._tell_summary(report.entries)
+        told = entry.note or f"{entry.status}{samples_text(entry)}"
         self._tell(f"{job.dataset} {entry.task}: {told}")
 
     def _tell(self, line: str) -> None:
@@ -353,55 +336,9 @@ class Evaluation:
         except ValueError:
             return path.as_posix()
 
-    def _write_summary(self, entries: Sequence[Entry]) -> None:
-        """Tell what has become of everything until now, in this folder."""
-        if self.ranks.rank != 0:
-            return
-        told = [{"schema_version": SCHEMA_VERSION} | dataclasses.asdict(entry) for entry in entries]
-        keys = {tuple(entry[name] for name in _KEY) for entry in told}
-        # Before a set is opened it may not be known which task auto is.
-        keys |= {(*key[:-1], "auto") for key in keys}
-        path = self.folder / SUMMARY
-        with locked(self.folder):
-            # What was evaluated into this folder before, or is at this time by another process,
-            # and is not evaluated now, still stands there.
-            older = [
-                entry
-                for entry in read_summary(path)
-                if tuple(entry.get(name) for name in _KEY) not in keys
-            ]
-            lines = [
-                json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in [*older, *told]
-            ]
-            atomic_write(path, "".join(line + "\n" for line in lines).encode())
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time write into a folder, where its disk knows locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def read_summary(path: Path) -> list[dict[str, Any]]:
-    """The entries of a summary; none where there is no such file. Damaged lines are passed over."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and "status" in entry:
-                entries.append(entry)
-    return entries
+    def _tell_summary(self, entries: Sequence[Entry]) -> None:
+        if self.ranks.rank == 0:
+            write_summary(self.folder, entries)
 
 
 def measure(subject: Subject, task: str) -> list[Measured]:
@@ -431,30 +368,6 @@ def wrong_kind(task: str, data: LabelledSet) -> str:
     if task == "few_shot" and data.kind == "multilabel":
         return f"{data.name} has several classes a picture, and few_shot draws samples by class."
     return ""
-
-
-def exit_status(entries: Sequence[Entry], *, allow_missing: bool) -> int:
-    """0 where all that was asked for is there, else 1.
-
-    A task that does not fit a dataset's kind is no fault where another task on it was done.
-    """
-    done = {(e.model, e.dataset) for e in entries if e.status in (DONE, KEPT)}
-    for entry in entries:
-        if entry.status == FAILED or (entry.status == MISSING and not allow_missing):
-            return 1
-        if entry.status == OTHER_KIND and (entry.model, entry.dataset) not in done:
-            return 1
-    return 0
-
-
-def output_folder(output: str) -> Path:
-    """Where the summary goes: the results' folder; for a template the part without braces."""
-    if not output.endswith(".json"):
-        return Path(output)
-    folder = Path(output).parent
-    while "{" in str(folder):
-        folder = folder.parent
-    return folder
 
 
 def num_cores(ranks: Ranks) -> int:
@@ -507,7 +420,3 @@ def shown_names(subject: Subject, measured: Measured) -> Sequence[Sequence[str]]
         names = test.label_names or table_names(info)
     numbers = range(len(names or ()), test.num_classes or 0)
     return [*(names or ()), *((f"class {number}",) for number in numbers)]
-
-
-def _samples_text(entry: Entry) -> str:
-    return f", {entry.num_samples:,} pictures" if entry.num_samples is not None else ""

@@ -1,6 +1,7 @@
 """FILIP as evaluation uses it: pictures and texts compared token by token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,21 +10,18 @@ from torch import Tensor
 
 from declip_shards import DeclipError
 from declip_train.heads import TokenHeads
-from declip_train.token_cache import QuickTokenizer
 from declip_train.tokenwise import tokenwise_similarity
 from declip_train.towers import TwoTowers
 from pipelines.eval_models import (
     Array,
     ImageFeatures,
+    OwnTowers,
     TokenFeatures,
     as_array,
-    digest_of,
     encode_parts,
     normalized,
-    require_size,
     run_parts,
 )
-from pipelines.eval_packed import pack_linears
 from pipelines.eval_prompts import ClassNames, PromptTable, length_groups
 from pipelines.eval_views import Preparation, Views
 
@@ -32,20 +30,15 @@ TOKEN_BYTES = 2**30
 _TEXTS_AT_ONCE = 64
 
 
-class TokenwiseModel:
+class TokenwiseModel(OwnTowers):
     """Two towers and FILIP's projections (arXiv 2111.07783); global embeddings are untrained.
 
     Token features of texts are remembered up to `TOKEN_BYTES`, so that chunk after chunk of
     pictures is compared with the same prompts at no more cost than the comparison.
 
     Args:
-        towers: both.
         heads: the projections of tokens.
-        preparation: of pictures.
-        name: of the architecture.
-        pretrained: of the weights.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        num_threads: parts at work at once, on the CPU; they change no bit.
+        more: as for `OwnTowers`.
 
     Raises:
         DeclipError: the preparation does not fit the image tower.
@@ -55,32 +48,12 @@ class TokenwiseModel:
     probe_features = "mean of patch tokens"
 
     def __init__(
-        self,
-        towers: TwoTowers,
-        heads: TokenHeads,
-        preparation: Preparation,
-        *,
-        name: str,
-        pretrained: str,
-        device: str = "cpu",
-        num_threads: int = 1,
+        self, towers: TwoTowers, heads: TokenHeads, preparation: Preparation, **more: Any
     ) -> None:
-        self.image_size = towers.config.vision.image_size
-        require_size(preparation, self.image_size, pretrained)
-        self.name, self.pretrained = name, pretrained
-        self.preparation, self.preprocessing = preparation, preparation.text
-        self.digest = digest_of(towers, heads)
-        self._towers, self._heads = towers.to(device).eval(), heads.to(device).eval()
-        pack_linears(self._towers, device)
-        self._device, self._num_threads = device, num_threads
-        self._tokenizer = towers.make_tokenizer()
-        self._quick = QuickTokenizer(self._tokenizer)
+        super().__init__(towers, preparation, heads=heads, **more)
+        self._heads = heads.to(self._device).eval()
         self._remembered: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._remembered_bytes = 0
-
-    def prepare(self, images: Sequence[bytes | str]) -> tuple[Views, list[str | None]]:
-        """See `EvalModel`."""
-        return self.preparation.make(images, self._num_threads)
 
     def encode(self, prepared: Views) -> ImageFeatures | TokenFeatures:
         """See `EvalModel`. What the probe reads is the mean of the patch tokens, unprojected and

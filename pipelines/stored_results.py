@@ -13,8 +13,6 @@ from declip_eval.dataset_table import DatasetInfo, find_dataset, metric_value
 from declip_eval.results import EvalResult, read_result
 from declip_shards import DeclipError
 
-SUMMARY = "eval_summary.jsonl"
-"""Of `declip eval`, beside its results."""
 TASK_TITLES: Mapping[str, str] = {
     "zeroshot_classification": "Zero-shot classification",
     "zeroshot_retrieval": "Zero-shot retrieval",

@@ -132,6 +132,21 @@ def test_the_strength_can_be_chosen_by_the_mean_over_classes():
     assert by_recall["lp_mean_per_class_recall"] >= by_accuracy["lp_mean_per_class_recall"]
 
 
+def test_the_strength_can_be_chosen_by_the_area_under_the_curve_and_by_two_accuracies():
+    rng = np.random.default_rng(1)
+    labels = np.tile(np.arange(2), 60)
+    features = rng.normal(size=(120, 3)) + labels[:, None]
+    found = linear_probe(features, labels, features, labels, seed=0, selection_metric="roc_auc")
+    assert found["lp_roc_auc"] >= found["lp_acc1"] > 0.7
+    assert "validation_roc_auc" in found
+    many = np.tile(np.arange(6), 30)
+    apart = rng.normal(size=(180, 6)) + 2 * np.eye(6)[many]
+    found = linear_probe(apart, many, apart, many, seed=0, selection_metric="mean_acc1_acc5")
+    assert found["lp_mean_acc1_acc5"] == (found["lp_acc1"] + found["lp_acc5"]) / 2
+    with pytest.raises(ValueError, match="selection_metric is 'roc_auc', but this probe has acc1"):
+        linear_probe(apart, many, apart, many, seed=0, selection_metric="roc_auc")
+
+
 def test_split_is_a_partition_by_class():
     labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
     fit, held_out = stratified_split(labels, 0.2, seed=1)

@@ -9,7 +9,7 @@ from run_folder import write_run
 
 from declip_shards import DeclipError, manifest
 from pipelines.card_command import main
-from pipelines.stored_results import SUMMARY
+from pipelines.eval_summary import SUMMARY
 
 
 def test_the_card_stands_beside_the_weights_with_the_runs_own_results(tmp_path: Path) -> None:

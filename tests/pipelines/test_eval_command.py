@@ -14,7 +14,7 @@ from declip_train.export import PreprocessSettings, export_open_clip
 from declip_train.model_config import get_model_config
 from declip_train.towers import CLIP
 from pipelines.eval_command import main
-from pipelines.eval_tasks import SUMMARY
+from pipelines.eval_summary import SUMMARY
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from declip_shards import DeclipError
-from pipelines.eval_options import REFUSED, model_specs, one_a_dataset, parse_options
+from pipelines.eval_options import REFUSED, parse_options
 
 BASE = ["--model", "m", "--dataset", "cifar10"]
 
@@ -73,45 +73,3 @@ def test_shots_of_a_linear_probe_are_few_shot_as_in_clip_benchmark():
     assert parse("--task linear_probe --fewshot_k -1").tasks == ("linear_probe",)
     both = parse("--task linear_probe few_shot --fewshot_k 4 2")
     assert (both.tasks, both.fewshot_k) == (("linear_probe", "few_shot"), (2, 4))
-
-
-def test_models_come_as_pairs_products_and_lists(tmp_path):
-    assert model_specs(["a", "a", "b"], None, None) == ("a", "b")
-    product = model_specs(["A", "B"], ["x", "y"], None)
-    assert product == tuple(f"open_clip:{m}/{w}" for m in "AB" for w in "xy")
-    path = tmp_path / "models.txt"
-    path.write_text("# ours\nA,x\n\nruns/mine\n")
-    assert model_specs(None, None, [str(path), "B,y"]) == (
-        "open_clip:A/x",
-        "runs/mine",
-        "open_clip:B/y",
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ((None, None, None), "there is no model"),
-        ((["a"], None, ["A,x"]), "leave those out"),
-        ((None, None, ["A,"]), "write it MODEL,PRETRAINED"),
-        ((["open_clip:A/x"], ["y"], None), "has its weights already"),
-    ],
-)
-def test_models_that_cannot_be_told_are_refused(arguments, sentence):
-    with pytest.raises(DeclipError) as error:
-        model_specs(*arguments)
-    assert sentence in str(error.value)
-
-
-def test_an_empty_list_of_models_is_refused(tmp_path):
-    (tmp_path / "models.txt").write_text("# none\n")
-    with pytest.raises(DeclipError, match="empty list"):
-        model_specs(None, None, [str(tmp_path / "models.txt")])
-
-
-def test_one_value_is_for_all_datasets_and_as_many_are_for_each():
-    assert one_a_dataset((), 2, "--val-split") == [None, None]
-    assert one_a_dataset(("a",), 2, "--val-split") == ["a", "a"]
-    assert one_a_dataset(("a", "b"), 2, "--val-split") == ["a", "b"]
-    with pytest.raises(DeclipError, match="3 values for 2 datasets"):
-        one_a_dataset("abc", 2, "--val-split")

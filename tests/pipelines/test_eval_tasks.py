@@ -16,7 +16,8 @@ from pipelines.eval_examples import read_examples
 from pipelines.eval_jobs import plan_jobs
 from pipelines.eval_options import parse_options
 from pipelines.eval_ranks import Ranks
-from pipelines.eval_tasks import SUMMARY, Evaluation, exit_status, locked, output_folder
+from pipelines.eval_summary import SUMMARY, exit_status, locked
+from pipelines.eval_tasks import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +291,6 @@ def test_templates_by_name_change_the_prompts_and_are_told(run):
 
 
 def test_output_may_be_a_template(run, root, tmp_path):
-    assert str(output_folder("a/b/{dataset}/{task}.json")) == "a/b"
-    assert str(output_folder("a")) == "a"
     run(f"--dataset colors --output {tmp_path}/x/{{dataset}}_{{task}}.json")
     assert read_result(tmp_path / "x/colors_zeroshot_classification.json").dataset == "colors"
     assert (tmp_path / "x" / SUMMARY).exists()

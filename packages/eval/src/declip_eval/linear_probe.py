@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_eval.logistic import MAX_ITERATIONS, LogisticProblem
+from declip_eval.metrics import mean_acc1_acc5, roc_auc
 from declip_eval.multilabel_probe import (
     MULTILABEL_METRICS,
     check_every_class_is_both,
@@ -95,7 +96,8 @@ def linear_probe(
         multilabel: a sample may belong to several classes: one classifier a class against the
             rest, and mean average precision.
         selection_metric: the metric of the result that chooses the strength, without its `lp_`;
-            by default `acc1`, or with `multilabel` `mean_average_precision_11`.
+            by default `acc1`, or with `multilabel` `mean_average_precision_11`. Also
+            `mean_acc1_acc5` (from 5 classes on) and `roc_auc` (of two).
 
     Returns:
         `lp_acc1`, `lp_acc5` (from 5 classes on) and `lp_mean_per_class_recall` as fractions of 1;
@@ -202,12 +204,18 @@ def _scorer(multilabel: bool, num_classes: int, metric: str | None) -> _Scorer:
         # Scores of a regression have no natural scale, so only exact equality is a tie here.
         ranks = rank_of_label(scores, labels, tolerance=0.0)
         predicted = predict_against_ties(scores, labels, ranks)
-        return classification_metrics(ranks, confusion_matrix(labels, predicted, num_classes))
+        found = classification_metrics(ranks, confusion_matrix(labels, predicted, num_classes))
+        if metric == "mean_acc1_acc5":
+            found[metric] = mean_acc1_acc5(ranks)
+        if metric == "roc_auc":
+            found[metric] = roc_auc(scores[:, 1] - scores[:, 0], labels)
+        return found
 
-    if multilabel:
-        names: tuple[str, ...] = MULTILABEL_METRICS
-    else:
-        names = ("acc1", "mean_per_class_recall", *(("acc5",) if num_classes >= 5 else ()))
+    names: tuple[str, ...] = MULTILABEL_METRICS
+    if not multilabel:
+        names = ("acc1", "mean_per_class_recall")
+        names += ("acc5", "mean_acc1_acc5") if num_classes >= 5 else ()
+        names += ("roc_auc",) if num_classes == 2 else ()
     if metric is not None and metric not in names:
         raise ValueError(
             f"selection_metric is {metric!r}, but this probe has {', '.join(names)}: take one of "
