@@ -6,6 +6,8 @@ Both read the same tars (``--shards`` of somebody's, else JPEGs that this script
 noise of several scales, about as many bytes as photographs of their size) and train as their users
 would: ours by ``python -m declip_train``, open_clip by ``python -m open_clip_train.main``, where
 that can be imported. Rates are over the steps after the first third. Methods but clip have no peer.
+The FLOPs of a sample are those of ours (captions without padding) for open_clip, too, so that its
+utilization is to ours as its rate is.
 """
 
 import argparse
@@ -89,7 +91,7 @@ def draw_shards(folder: Path, num_samples: int, width: int, height: int) -> floa
 
 def ours(given: argparse.Namespace, shards: Path, method: str, folder: Path) -> dict[str, Any]:
     """A training run; its log says the rest."""
-    settings = {
+    settings: dict[str, Any] = {
         "root": ".",
         "train_data": [tar_pattern(shards)],
         "selection": "",
@@ -108,6 +110,8 @@ def ours(given: argparse.Namespace, shards: Path, method: str, folder: Path) -> 
     }
     if method == "clip":
         settings.pop("neighbor_source")
+        # open_clip's own crops.
+        settings |= {"augmentation": "light", "crop_scale_min": 0.9}
     (folder / "run" / "train").mkdir(parents=True)
     (folder / "run" / "config.json").write_text(json.dumps(settings))
     began = time.perf_counter()
@@ -146,6 +150,27 @@ def tar_pattern(shards: Path) -> str:
     return str(shards / f"{{{'0' * len(last)}..{last}}}.tar")
 
 
+def peer_environment(given: argparse.Namespace) -> dict[str, str]:
+    """open_clip's: packages of this Python's path are its own where it is the same Python."""
+    environment = dict(os.environ)
+    if given.peer_path:
+        environment["PYTHONPATH"] = given.peer_path
+    elif given.peer_python != sys.executable:
+        environment.pop("PYTHONPATH", None)
+    return environment
+
+
+def compare_with_peer(results: dict[str, Any]) -> None:
+    """Add open_clip's FLOP utilization, and ours in times its rate, where both trained."""
+    mine, peer = results.get("clip", {}), results["open_clip"]
+    rates = [found.get("samples_per_second") for found in (mine, peer)]
+    if not all(rates):
+        return
+    results["times_open_clip"] = round(rates[0] / rates[1], 2)
+    if mine.get("flop_utilization") is not None:
+        peer["flop_utilization"] = round(mine["flop_utilization"] * rates[1] / rates[0], 4)
+
+
 def open_clip(given: argparse.Namespace, shards: Path, folder: Path) -> dict[str, Any]:
     """open_clip's own training of the same model on the same tars."""
     samples = given.batch * given.steps
@@ -157,10 +182,7 @@ def open_clip(given: argparse.Namespace, shards: Path, folder: Path) -> dict[str
     words += ["--log-every-n-steps", "1", "--logs", str(folder), "--name", "peer", "--seed", "0"]
     words += ["--dataset-resampled", "--device", given.device, "--save-frequency", "0"]
     words += ["--torchcompile"] if given.compile else []
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    if given.peer_path:
-        environment["PYTHONPATH"] = given.peer_path
-    run = subprocess.run(words, capture_output=True, text=True, env=environment)
+    run = subprocess.run(words, capture_output=True, text=True, env=peer_environment(given))
     found = [tuple(map(float, m)) for m in RATE.findall(run.stdout + run.stderr)]
     later = found[len(found) // 3 :]
     if run.returncode or not later:
@@ -211,15 +233,14 @@ def main() -> int:
         for method in given.methods:
             results[method] = ours(given, shards, method, folder / method)
             print(method, json.dumps(results[method]), flush=True)
-        here = given.peer_python == sys.executable
+        here = given.peer_python == sys.executable and not given.peer_path
         if given.no_peer or (here and importlib.util.find_spec("open_clip_train") is None):
             print("open_clip is not run: open_clip_train is not installed here")
         else:
             results["open_clip"] = open_clip(given, shards, folder / "logs")
+            compare_with_peer(results)
             print("open_clip", json.dumps(results["open_clip"]), flush=True)
-            rates = [results[m].get("samples_per_second") for m in ("clip", "open_clip")]
-            if all(rates):
-                results["times_open_clip"] = round(rates[0] / rates[1], 2)
+            if "times_open_clip" in results:
                 print(f"clip: {results['times_open_clip']} times open_clip")
     if given.json:
         given.json.write_text(json.dumps(results, indent=1, default=str) + "\n")

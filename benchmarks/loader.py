@@ -175,7 +175,7 @@ def main() -> None:
                 show(row)
         if given.minutes:
             content["memory"] = {}
-            for label in WATCHED:
+            for label in (label for label in WATCHED if given.only in label):
                 root = work / given.sets[0]
                 more = {"warm_up": 1, "samples": 1, "cache": str(root / "cache")}
                 row = run(given, root, label, **{**more, "minutes": given.minutes})

@@ -2,7 +2,9 @@
 in either environment, so the standard library alone.
 
 Processor time is of the process, its threads and everything below it; memory is the proportional
-set size, which counts a page that processes share once.
+set size, which counts a page that processes share once. Over time only what was allocated counts:
+pages of files and libraries are the kernel's to drop, and their share rises and falls with other
+processes that map them.
 """
 
 import os
@@ -19,15 +21,19 @@ else:
 MEMORY_SECONDS = 5.0
 
 
-def memory_megabytes() -> list[float]:
-    """Of this process, then of each below it."""
+ALL = ("Pss:",)
+ALLOCATED = ("Pss_Anon:", "Pss_Shmem:")
+
+
+def memory_megabytes(kinds: tuple[str, ...] = ALL) -> list[float]:
+    """Of this process, then of each below it; ``kinds`` as the kernel calls them, summed."""
     sizes = []
     for pid in (os.getpid(), *descendants(os.getpid())):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue  # it has ended
-        sizes += [int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")]
+        sizes.append(sum(int(line.split()[1]) / 1024 for line in lines if line.startswith(kinds)))
     return [round(size, 1) for size in sizes]
 
 
@@ -65,14 +71,14 @@ def measure(
 
 
 def watch(batches: Iterator[int], minutes: float) -> dict[str, Any]:
-    """Memory over time: megabytes of all processes together, and what an hour would add to them,
-    by a straight line through the second half."""
+    """Memory over time: megabytes that all processes together have allocated, and what an hour
+    would add to them, by a straight line through the second half."""
     began = asked = time.perf_counter()
-    series = [(0.0, sum(memory_megabytes()))]
+    series = [(0.0, sum(memory_megabytes(ALLOCATED)))]
     while (now := time.perf_counter()) < began + 60 * minutes:
         next(batches)
         if now - asked >= MEMORY_SECONDS:
-            series.append((now - began, sum(memory_megabytes())))
+            series.append((now - began, sum(memory_megabytes(ALLOCATED))))
             asked = now
     half = series[len(series) // 2 :]
     middle = sum(t for t, _ in half) / len(half)

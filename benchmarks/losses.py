@@ -1,7 +1,7 @@
 """Time and peak memory of the contrastive losses, forward and backward, ours against others'.
 
     python benchmarks/losses.py --threads 2 --json benchmarks/results/losses-cpu.json
-    python benchmarks/losses.py --device cuda --dtype bfloat16 --max-batch 65536
+    python benchmarks/losses.py --device cuda --dtype bfloat16 --rounds 1 --max-batch 65536
 
 InfoNCE and the sigmoid loss at growing batch against open_clip's, then the token-wise loss
 (losses_tokenwise.py). Every measurement has a process of its own, so none finds memory that another
@@ -13,11 +13,8 @@ table. `speed` is the other's time over ours, `memory` ours over the other's.
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -34,10 +31,12 @@ from declip_train import losses
 from peers import import_open_clip
 
 if TYPE_CHECKING:
-    from benchmarks import losses_tokenwise
+    from benchmarks import forked, losses_tokenwise, surroundings
 else:
     # The script's folder is on the path, the repository's root is not.
+    import forked
     import losses_tokenwise
+    import surroundings
 
 OURS = "ours"
 OPEN_CLIP = "open_clip"
@@ -130,6 +129,8 @@ def measure_apart(given: argparse.Namespace, **what: object) -> dict[str, Any]:
         "repeats": given.repeats,
         **what,
     }
+    if given.device == "cuda":
+        return forked.call(measure_here, argparse.Namespace(**options))
     command = [sys.executable, __file__, "--here"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
@@ -141,6 +142,8 @@ def measure_apart(given: argparse.Namespace, **what: object) -> dict[str, Any]:
 def contrastive_rows(given: argparse.Namespace) -> list[dict[str, Any]]:
     """InfoNCE and the sigmoid loss from 1,024 rows on, twice as many each time."""
     rows: list[dict[str, Any]] = []
+    if given.device == "cuda":
+        import_open_clip()  # Once, and not in every forked process.
     for loss in given.losses:
         batch = given.min_batch
         while batch <= given.max_batch:
@@ -185,16 +188,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def environment(given: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on beside the code."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "torch": torch.__version__,
-        "open_clip": importlib.metadata.version("open_clip_torch"),
+        **surroundings.describe(["torch", "triton", "open_clip_torch"]),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
         "threads": given.threads or torch.get_num_threads(),
         "dtype": given.dtype,
     }

@@ -24,13 +24,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip_train.tokenwise import Kernel, tokenwise_info_nce
+
+if TYPE_CHECKING:
+    from benchmarks import forked
+else:
+    # The script's folder is on the path, the repository's root is not.
+    import forked
 
 PATCHES, LENGTH, DIM = 49, 77, 256
 SHORT = (6, 21)
@@ -255,18 +261,34 @@ def rows(
     for loss in LOSSES:
         for batch in batches or BATCHES[device]:
             for name in candidates(device, batch):
-                command = [sys.executable, __file__, "--here", "--device", device]
-                command += ["--loss", loss, "--implementation", name, "--batch", str(batch)]
-                command += ["--threads", str(threads), "--repeats", str(repeats)]
-                run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if run.returncode:
+                options = {"device": device, "loss": loss, "implementation": name}
+                options |= {"batch": str(batch), "threads": str(threads), "repeats": str(repeats)}
+                row = _measure_apart(options)
+                if row is None:
                     print(f"{name}, {loss}, batch {batch}: failed", file=sys.stderr)
-                    continue
-                found.append(json.loads(run.stdout.splitlines()[-1]))
+                else:
+                    found.append(row)
     return found
 
 
-def main() -> None:
+def _measure_apart(options: dict[str, str]) -> dict[str, Any] | None:
+    """One measurement in a process of its own; None where it fails."""
+    words = ["--here"]
+    for option, value in options.items():
+        words += [f"--{option}", value]
+    if options["device"] == "cuda":
+        try:
+            return forked.call(measure_here, build_parser().parse_args(words))
+        except RuntimeError:
+            return None
+    run = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        return None
+    row: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return row
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0: torch's default")
@@ -277,7 +299,11 @@ def main() -> None:
     parser.add_argument("--loss", choices=LOSSES, help=argparse.SUPPRESS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = build_parser().parse_args()
     if given.here:
         print(json.dumps(measure_here(given)))
         return

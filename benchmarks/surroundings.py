@@ -18,15 +18,7 @@ def describe(packages: Sequence[str]) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -34,11 +26,23 @@ def describe(packages: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "has_uncommitted_changes": bool(changed.stdout.strip()),
+        "commit": commit or None,
+        "has_uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": versions,
     }
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the working tree; None where there is no git, or no repository: a machine
+    that only runs a copy of the files has neither."""
+    try:
+        run = subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return None
+    return None if run.returncode else run.stdout.strip()

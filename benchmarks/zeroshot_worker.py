@@ -18,7 +18,9 @@ import torch
 
 from declip_eval.labelled_sets import open_labelled_set
 from declip_eval.zeroshot import zeroshot_classification
+from pipelines.eval_contents import ContentHashes
 from pipelines.eval_models import EvalModel, ImageFeatures, load_eval_model
+from pipelines.eval_ranks import Ranks
 from pipelines.eval_views import ViewCache
 
 CHUNK = 512
@@ -39,7 +41,9 @@ def evaluate(given: dict[str, Any], model: EvalModel) -> dict[str, Any]:
         marks.append((name, time.perf_counter(), processor_seconds()))
 
     data = open_labelled_set(given["root"], "benchmark", "test", cache=None)
-    cache = ViewCache(given["cache"], data.digest(), model.preparation, given["cache_bytes"])
+    root = Path(given["cache"])
+    digest = ContentHashes(root, Ranks(), given["threads"]).digest(data)
+    cache = ViewCache(root / "views", digest, model.preparation, given["cache_bytes"])
     mark("list")
     classifier = model.classifier([(name,) for name in given["classes"]], given["templates"])
     mark("classifier")

@@ -23,7 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
         Raises:
             DeclipError: always.
         """
-        raise DeclipError(f"{self.prog}: {message}; see {self.prog} --help.")
+        raise DeclipError(f"{message}; see {self.prog} --help.")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

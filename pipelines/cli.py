@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from pipelines.runner import RUNNERS, check_location, read_run_record, run_pipel
 from pipelines.states import pipeline_states
 from pipelines.wiring import allow_missing_table
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 OTHER_COMMANDS = {
     "sources": "look at lists of URLs, and at how two of them overlap",
     "refetch": "fetch rows that failed again, by reason, into the same dataset",
@@ -204,32 +206,67 @@ def _execute(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]
         recipes.finish(pipeline)
 
 
+def _print_what_the_terminal_cannot() -> None:
+    """Let a caption that a terminal of another encoding cannot show come out escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read our output has gone (``| head -1``); then the rest goes nowhere."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False  # another pipe broke
+    # Else the interpreter tries again at its end, and complains.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit status."""
+    _check_command(arguments)
+    if arguments and arguments[0] in OTHER_COMMANDS:
+        module = importlib.import_module(f"pipelines.{arguments[0]}_command")
+        status: int = module.main(arguments[1:])
+        return status
+    parser = build_parser()
+    overrides, others = take_overrides(arguments)
+    known, rest = parser.parse_known_args(others)
+    if known.help or not known.recipe:
+        _print_help(parser, known)
+        return 0 if known.help else 2
+    _execute(known, [*overrides, *split_overrides(rest)])
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 wrong usage.
 
-    130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP (pipelines.stopping).
+    130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP (pipelines.stopping), 141 where the
+    reader of our output has gone.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
     _show_log_lines()
-    parser = build_parser()
+    _print_what_the_terminal_cannot()
     try:
-        _check_command(arguments)
-        if arguments and arguments[0] in OTHER_COMMANDS:
-            module = importlib.import_module(f"pipelines.{arguments[0]}_command")
-            status: int = module.main(arguments[1:])
-            return status
-        overrides, others = take_overrides(arguments)
-        known, rest = parser.parse_known_args(others)
-        if known.help or not known.recipe:
-            _print_help(parser, known)
-            return 0 if known.help else 2
-        _execute(known, [*overrides, *split_overrides(rest)])
+        try:
+            status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        except SystemExit as stop:  # of --help and --version
+            if not stop.code:
+                sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except DeclipError as error:
         print(f"declip: {error}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return EXIT_PIPE
+        where = f": {error.filename!r}" if error.strerror and error.filename else ""
         print(
-            f"declip: {error}; what is done is kept, run the same command again after mending it.",
+            f"declip: {error.strerror or error}{where}; what is done is kept, run the same command "
+            "again after mending it.",
             file=sys.stderr,
         )
         return EXIT_FAILED
@@ -239,4 +276,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
-    return 0
+    return status

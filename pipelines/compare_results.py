@@ -184,10 +184,11 @@ def _by_place(side: Sequence[StoredResult]) -> dict[Place, StoredResult]:
 
 
 def _order(place: Place) -> tuple[int, str, int, str]:
-    """By task, then as in the table of datasets."""
+    """By task, few-shot probes by their number of pictures; then as in the table of datasets."""
     task, dataset = place
     titles, names = list(TASK_TITLES.values()), list_datasets()
     number = titles.index(task) if task in titles else len(titles)
+    task = re.sub(r"\d+", lambda digits: digits[0].zfill(6), task)
     return number, task, names.index(dataset) if dataset in names else len(names), dataset
 
 

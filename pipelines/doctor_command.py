@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "what",
+        metavar="ingest|train",
         choices=["ingest", "train"],
         help="ingest: the ledger of a download; train: the log of a run",
     )

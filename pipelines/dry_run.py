@@ -16,6 +16,7 @@ from declip_ingest.stages import DownloadShards
 from declip_shards import DeclipError, Store
 from declip_shards.manifest import read_manifest
 from declip_train import flops
+from declip_train.dataset_files import open_dataset
 from declip_train.settings import TrainSettings
 from pipelines.options import flag_of
 from pipelines.pipeline import Pipeline, Step
@@ -130,12 +131,18 @@ def count_samples(
         return SampleCount(number=given, source="from --num-samples")
     store = Store(pipeline.root)
     for name in ("train", "filter"):
-        last = read_manifest(store, name) if name in states else None
+        elsewhere = name == "filter" and train.data_root is not None
+        if elsewhere:
+            last = read_manifest(open_dataset(train.dataset), name) if train.selection else None
+        else:
+            last = read_manifest(store, name) if name in states else None
         # A training of other settings may have chosen other splits.
         if last is None or (name == "train" and states[name].state != "done"):
             continue
         source = f"kept by the last run of {name}"
-        if states[name].state != "done":
+        if elsewhere:
+            source += f" in {train.dataset}"
+        elif states[name].state != "done":
             source += ", which is out of date"
         if name == "filter" and train.splits:
             source += f", before splits {','.join(train.splits)} are chosen"

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from declip_eval import html
 from declip_eval.charts import bar_chart
 from declip_shards import DeclipError, Store, layout, sidecars
-from pipelines.sheets import FOOTER, Cell, cell_of, pictures_of_keys, sheet
+from pipelines.sheets import FOOTER, Cell, cell_of, flat_entries, pictures_of_keys, sheet
 
 CONTAMINATED, CONTAMINATED_RUNG = "contaminated_by", "contaminated_rung"
 _OF = re.compile(r"duplicate_(.+)_of")
@@ -104,6 +104,7 @@ class _Draw:
             note = ""
             if measured and row[measured] is not None:
                 note = _MEASURED[measured.rpartition("_")[2]].format(row[measured])
+                note = note.replace("bits", "bit") if note.startswith("1 ") else note
             elif of == CONTAMINATED:
                 note = str(row.get(CONTAMINATED_RUNG) or "")
             self.kept.append((number, Pair(str(row["key"]), str(row[of]), note)))
@@ -212,7 +213,7 @@ def duplicates_page(store: Store, facts: DuplicateFacts) -> bytes:
     if facts.report:
         sections.append(_report_section(facts.report))
     page = html.page(
-        f"Duplicates {facts.name}",
+        "Duplicates" if facts.name == "duplicates" else f"Duplicates: {facts.name}",
         sections,
         subtitle="What is in the dataset more than once, and by what it was found.",
         summary=[html.stat_tiles(tiles)],
@@ -285,26 +286,10 @@ def _contamination_section(
     )
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """The leaves of nested JSON with their dotted names."""
-    if isinstance(value, Mapping):
-        return [
-            pair
-            for key, inner in value.items()
-            if key not in _LISTS
-            for pair in _flat(inner, f"{name}.{key}" if name else str(key))
-        ]
-    if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
-        return [
-            pair for number, inner in enumerate(value) for pair in _flat(inner, f"{name}.{number}")
-        ]
-    told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return [(name, told)]
-
-
 def _report_section(report: Mapping[str, Any]) -> html.Section:
+    entries = flat_entries(report, without=_LISTS)
     return html.section(
         "How they were found",
-        html.table(["entry", "value"], [list(pair) for pair in _flat(report)], text_columns=(0, 1)),
+        html.table(["entry", "value"], [list(pair) for pair in entries], text_columns=(0, 1)),
         lead="The stage's own report, as it lies in report.json.",
     )

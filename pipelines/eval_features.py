@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from declip_shards import DeclipError
 from declip_shards.store import atomic_write
+from pipelines.eval_cache_room import FolderHold
 from pipelines.eval_ranks import POLL_SECONDS, Ranks
 from pipelines.progress import Progress
 
@@ -144,6 +145,25 @@ class ChunkCache:
             All chunks in order on rank 0; None on the others, who have taken their part.
         """
         ranks.begin(place)
+        hold = FolderHold(self.folder)
+        try:
+            return self._take(compute, ranks, place, name, names, look_again)
+        finally:
+            if ranks.rank == 0:
+                hold.release()
+            else:
+                # Rank 0 reads it, which may be far behind.
+                ranks.holds.keep(hold)
+
+    def _take(
+        self,
+        compute: Callable[[range], Arrays],
+        ranks: Ranks,
+        place: int,
+        name: str,
+        names: Sequence[str] | None,
+        look_again: "Callable[[list[int]], list[str | None]] | None",
+    ) -> list[Arrays] | None:
         about = self.folder / "about.json"
         if not about.exists():
             text = json.dumps(self.key, sort_keys=True, ensure_ascii=False, indent=2)

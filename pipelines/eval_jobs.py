@@ -72,8 +72,8 @@ def is_folder(root: str, name: str) -> bool:
     plain = name.removeprefix("wds/")
     base = root.rstrip("/")
     places = [f"{base}/{plain}", f"{base}/wds_{plain}"]
-    if base.rpartition("/")[2] == plain:
-        places.append(base)
+    if plain in base.split("/")[-2:]:
+        places.append(base)  # Its own folder, or that of one of its configurations.
     if "{dataset" in root:
         filled = root.replace("{dataset_cleaned}", plain.replace("/", "-"))
         places = [filled.replace("{dataset}", plain)]

@@ -176,6 +176,7 @@ def zeroshot_retrieval(subject: Subject) -> Measured | None:
         settings={
             "num_captions": len(texts),
             "num_distinct_captions": len(rows_of),
+            "num_pictures_to_find": int(readable.sum()),
             "scoring": work.model.scoring,
         },
     )
@@ -368,11 +369,12 @@ def readable_rows(data: LabelledSet, taken: Taken, budget: float) -> npt.NDArray
     num_bad = len(taken.unreadable)
     if num_bad > budget * len(data):
         first = min(taken.unreadable)
+        why = taken.unreadable[first].rstrip(". ")
         raise DatasetError(
             f"{num_bad} of {len(data)} pictures of {data.name} ({data.split}) cannot be read, "
             f"{num_bad / len(data):.2%} with --unreadable-budget {budget:g}; the first is "
-            f"{data.keys[first]!r}: {taken.unreadable[first]} Fetch the dataset again, or raise "
-            "the budget: they count as wrong."
+            f"{data.keys[first]!r}: {why}. Fetch the dataset again, or raise the budget: they "
+            "count as wrong."
         )
     return rows
 

@@ -415,10 +415,15 @@ def preparation_of(given: Any, image_size: int) -> Preparation:
         size=int(sides.pop()),
         mean=_channels("mean", given.get("mean"), IMAGE_MEAN),
         std=_channels("std", given.get("std"), IMAGE_STD),
-        interpolation=given.get("interpolation") or "bicubic",
+        interpolation=_interpolation(given.get("interpolation")),
         resize_mode=given.get("resize_mode") or "shortest",
         fill_color=int(given.get("fill_color") or 0),
     )
+
+
+def _interpolation(given: Any) -> str:
+    """open_clip draws one at random in training only; to evaluate it takes bicubic then."""
+    return str(given) if given and given != "random" else "bicubic"
 
 
 def _channels(name: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,7 @@ from pipelines.eval_views import Preparation, Views
 
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _TEXTS_AT_ONCE = 64
+_REASON_LENGTH = 300
 
 
 class OpenClipModel(GlobalScores):
@@ -199,7 +200,7 @@ def _load_folder(folder: Path, more: dict[str, Any]) -> EvalModel:
             f"{str(folder)!r} holds no {CONFIG_NAME} of open_clip; give the folder of an export."
         ) from error
     if _own_config(model_cfg) is None:
-        return _load_by_open_clip(f"{_LOCAL}{folder}", None, str(folder), more)
+        return _load_by_open_clip(f"{_LOCAL}{folder}", None, str(folder), more, about=model_cfg)
     preparation = read_preparation(folder / CONFIG_NAME)
     loaded = load_export(folder)
     name = str(loaded.provenance.get("model") or "custom")
@@ -254,21 +255,37 @@ def _load_by_open_clip(
     pretrained: str,
     more: dict[str, Any],
     preprocess: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> EvalModel:
-    """Weights that open_clip itself finds; in our towers where they compute the same."""
+    """Weights that open_clip itself finds; in our towers where they compute the same.
+
+    Args:
+        name: of the model, or of the folder or repository that it is in.
+        model_cfg: of a named model; None where open_clip reads it from there.
+        pretrained: tag, file, or where the model is.
+        more: arguments of the model.
+        preprocess: of a configuration beside the weights.
+        about: the configuration of a folder's model.
+    """
     open_clip = _import_open_clip()
     if model_cfg is not None and not Path(pretrained).is_file():
         _check_tag(open_clip, name, model_cfg, pretrained)
     tag = pretrained if model_cfg is not None else None
-    try:
-        model = open_clip.create_model(name, pretrained=tag)
-        tokenize = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DeclipError(
-            f"open_clip cannot load {name!r} with {pretrained!r}: {reason}. Fetch the weights on a "
-            "machine with a network, and give their path as PRETRAINED."
-        ) from error
+    # First what is lighter: a tokenizer that cannot be had is told before weights are read.
+    tokenize = _of_open_clip(
+        lambda: open_clip.get_tokenizer(name),
+        f"open_clip cannot make the tokenizer of {name!r}",
+        "it lies in the Hub's cache of a machine that has loaded this model once (copy that "
+        f"cache), or put its files into a folder with {CONFIG_NAME} and the weights and give "
+        f"open_clip:{_LOCAL}FOLDER",
+    )
+    model = _of_open_clip(
+        lambda: open_clip.create_model(name, pretrained=tag),
+        f"open_clip cannot load {name!r} with {pretrained!r}",
+        "give weights of this very model"
+        if Path(pretrained).exists()
+        else "fetch the weights on a machine with a network, and give their path as PRETRAINED",
+    )
     given = {**model.visual.preprocess_cfg, **(preprocess or {})}
     config = _own_config(model_cfg or {})
     if config is not None:
@@ -282,11 +299,28 @@ def _load_by_open_clip(
         model,
         tokenize,
         preparation_of(given, size if isinstance(size, int) else size[0]),
-        config=model_cfg or name,
-        name=name,
+        config=model_cfg or about or name,
+        name="custom" if about is not None else name,
         pretrained=pretrained,
         **more,
     )
+
+
+def _of_open_clip(make: Callable[[], Any], failure: str, remedy: str) -> Any:
+    """What open_clip makes.
+
+    Raises:
+        DeclipError: it cannot.
+    """
+    try:
+        return make()
+    # Of torch, timm, transformers and the network, each with errors of its own.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The first line of torch's report on a state says nothing but that there is one.
+        reason = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+        reason = (reason or type(error).__name__)[:_REASON_LENGTH].rstrip(".")
+        raise DeclipError(f"{failure}: {reason}; {remedy}.") from error
 
 
 def _check_tag(

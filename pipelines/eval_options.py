@@ -88,6 +88,7 @@ class EvalOptions:
     unreadable_budget: float
     allow_missing: bool
     num_workers: int | None
+    feature_cache_gb: float
     view_cache_gb: float
     num_resamples: int
     num_examples: int
@@ -122,10 +123,11 @@ class EvalOptions:
                 raise DeclipError(f"{flag(name)} {_words(values)} names one number twice.")
             for value in values:
                 _check_least(name, value, 1)
-        if not 0 <= self.view_cache_gb < float("inf"):
-            raise DeclipError(
-                f"--view-cache-gb is {self.view_cache_gb}; give 0 (keep none) or more."
-            )
+        for name in ("feature_cache_gb", "view_cache_gb"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise DeclipError(
+                    f"{flag(name)} is {getattr(self, name)}; give 0 (keep none) or more."
+                )
         if not 0 <= self.unreadable_budget < 1:
             raise DeclipError(
                 f"--unreadable-budget is {self.unreadable_budget}; it is a share of the pictures, "
@@ -318,6 +320,13 @@ def _add_run_options(parser: ArgumentParser) -> None:
         help="pictures of a file of features, the unit that ranks share out (1024)",
     )
     add(
+        "--feature-cache-gb",
+        type=float,
+        default=32.0,
+        metavar="GB",
+        help="features kept, in 10^9 bytes; those that were used longest ago make room (32)",
+    )
+    add(
         "--view-cache-gb",
         type=float,
         default=8.0,
@@ -399,6 +408,7 @@ def parse_options(argv: Sequence[str]) -> EvalOptions:
         unreadable_budget=arguments.unreadable_budget,
         allow_missing=arguments.allow_missing,
         num_workers=arguments.num_workers,
+        feature_cache_gb=arguments.feature_cache_gb,
         view_cache_gb=arguments.view_cache_gb,
         num_resamples=arguments.num_resamples,
         num_examples=arguments.num_examples,

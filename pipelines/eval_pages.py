@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from declip_eval import html
-from declip_eval.charts import MAX_SERIES
+from declip_eval.charts import MAX_SERIES, Series, line_chart
 from declip_eval.outcomes import Outcomes, outcomes_path, read_outcomes
 from declip_eval.radar import MAX_AXES, MIN_AXES, Profile, point_chart, radar_chart
 from declip_shards import DeclipError
@@ -44,6 +44,10 @@ def table_page(
         if cell.stored is not None
     }
     sections = [_table_section(table) for table in tables]
+    curves = _few_shot_curves(list(shown.values()))
+    if curves:
+        lead = "Means over the draws; their intervals stand in the tables above."
+        sections.append(html.section("Few-shot curves", *curves, lead=lead))
     examples = {path: read_examples(path)[:] for path in shown}
     sheets = [_examples_of(stored, examples[path], num_pictures) for path, stored in shown.items()]
     if any(sheets):
@@ -108,6 +112,37 @@ def _table_section(table: TaskTable) -> html.Section:
             )
         )
     return html.section(table.task, *content)
+
+
+def _few_shot_curves(results: Sequence[StoredResult]) -> list[html.Markup]:
+    """A chart a dataset that has few-shot probes of several numbers of pictures."""
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for stored in results:
+        value = stored.value(stored.main_metric) if stored.main_metric else None
+        if stored.shots is not None and value is not None:
+            of_dataset = points.setdefault(stored.dataset, {})
+            of_dataset.setdefault(stored.model, {})[stored.shots] = 100 * value
+    charts = []
+    for dataset, models in points.items():
+        lines = {model: sorted(at.items()) for model, at in models.items() if len(at) > 1}
+        shown = list(lines.items())[:MAX_SERIES]
+        if not shown:
+            continue
+        left_out = len(lines) - len(shown)
+        more = f", the first {MAX_SERIES} models ({left_out} more)" if left_out else ""
+        series = [
+            Series(name=model, x=[x for x, _ in line], y=[y for _, y in line])
+            for model, line in shown
+        ]
+        charts.append(
+            line_chart(
+                series,
+                title=f"{dataset} by pictures a class",
+                x_label="pictures a class",
+                y_label=f"percent{more}",
+            )
+        )
+    return charts
 
 
 def _model_cell(row: Row) -> html.Content:
@@ -225,7 +260,7 @@ def picture(data: bytes | None, alt: str) -> html.Markup | None:
 def answer_card(example: Example) -> html.Card:
     """A picture with its class, and what was answered."""
     answers = "; ".join(
-        f"{name} {score:.3g}"
+        f"{name} ({score:.3g})"
         for name, score in list(zip(example.found, example.scores, strict=False))[:_SHOWN_ANSWERS]
     )
     image = picture(example.image, example.text)

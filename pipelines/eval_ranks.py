@@ -21,6 +21,7 @@ from pathlib import Path
 
 from declip_shards import DeclipError
 from declip_shards.store import atomic_write
+from pipelines.eval_cache_room import Holds
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Ranks:
     """The process of rank 0 where that started this one."""
     is_alive: Callable[[int], bool] = lambda rank: True
     """Whether the process of a rank runs, where that can be asked."""
+    holds: Holds = field(default_factory=Holds, repr=False)
+    """Folders of features that rank 0 still has to read."""
     _seen: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     def mine(self, number: int) -> bool:
@@ -109,6 +112,7 @@ class Ranks:
         finally:
             over.set()
             thread.join()
+            self.holds.release()
             with contextlib.suppress(OSError):
                 self.end()
 

@@ -8,6 +8,7 @@ settings is kept.
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from declip_eval.outcomes import outcomes_path, write_outcomes
 from declip_eval.results import EvalResult, result_path, write_result
 from declip_eval.templates import TEMPLATE_SETS, get_templates
 from declip_shards import DeclipError
+from pipelines.eval_cache_room import drop_features
+from pipelines.eval_contents import ContentHashes
 from pipelines.eval_examples import examples_path, save_examples
 from pipelines.eval_features import FeatureWork, PictureSet
 from pipelines.eval_jobs import Job
@@ -62,6 +65,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROOM_SECONDS = 60.0
+"""Between two looks at how much the feature cache holds."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -96,6 +102,9 @@ class Evaluation:
         self.features = Path(options.feature_root)
         self.folder = output_folder(options.output)
         self._opened: tuple[Job | None, dict[str, LabelledSet]] = (None, {})
+        self._last_room = float("-inf")
+        num_threads = options.num_workers or num_cores(ranks)
+        self.contents = ContentHashes(self.features, ranks, num_threads)
         self.overlaps: OverlapSearch | None = None
         if options.train_data is not None:
             self.overlaps = OverlapSearch(
@@ -106,7 +115,7 @@ class Evaluation:
                 chunk_images=options.chunk_images,
                 ranks=ranks,
                 device=device,
-                num_threads=options.num_workers or num_cores(ranks),
+                num_threads=num_threads,
             )
 
     def run(self) -> Report:
@@ -117,6 +126,7 @@ class Evaluation:
                 training data.
         """
         report = Report([], [])
+        self._make_room()
         if self.overlaps is not None:
             self.overlaps.key()  # Training data that is not there is told before hours of work.
         for number, spec in enumerate(self.options.models):
@@ -133,7 +143,15 @@ class Evaluation:
                     place = (place + task_number) * STEPS + 1
                     self._run_one(report, spec, model, job, task, place)
         self._tell_summary(report.entries)
+        self._make_room(is_last=True)
         return report
+
+    def _make_room(self, *, is_last: bool = False) -> None:
+        """Keep the feature cache within its limit, now and then."""
+        now = time.monotonic()
+        if self.ranks.rank == 0 and (is_last or now - self._last_room >= ROOM_SECONDS):
+            self._last_room = now
+            drop_features(self.features, int(self.options.feature_cache_gb * 10**9))
 
     def _note_model(self, report: Report, spec: str, note: str) -> None:
         for job in self.jobs:
@@ -174,6 +192,7 @@ class Evaluation:
             entry = dataclasses.replace(entry, note=f"{type(error).__name__}: {error}")
         report.entries.append(entry)
         self._tell_summary(report.entries)
+        self._make_room()
         told = entry.note or f"{entry.status}{samples_text(entry)}"
         self._tell(f"{job.dataset} {entry.task}: {told}")
 
@@ -251,6 +270,7 @@ class Evaluation:
         check_against(job.info, data)
         if options.classnames is not None:
             _refuse_permuted(options.classnames, data, job.info)
+        self.contents.digest(data)
         return data
 
     def _subject(

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image
 from declip_pixels import decode_center_views
 from declip_shards import DeclipError
 from declip_shards.store import atomic_write
+from pipelines.eval_cache_room import bytes_in, last_use
 
 Views = npt.NDArray[np.uint8]
 """(n, size, size, 3), red first."""
@@ -281,7 +281,7 @@ class ViewCache:
         """Remove other sets, the longest unused first, until there is so much; none where that
         would not do. Returns how much there is."""
         folders = self._root.iterdir() if self._root.is_dir() else ()
-        sets = [(_age(place), _size(place), place) for place in folders if place.is_dir()]
+        sets = [(last_use(place), bytes_in(place), place) for place in folders if place.is_dir()]
         total = sum(size for _, size, _ in sets)
         if sum(size for _, size, place in sets if place == self._folder) > most_bytes:
             return total
@@ -292,20 +292,3 @@ class ViewCache:
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= size
         return total
-
-
-def _age(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return time.time()
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.glob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total

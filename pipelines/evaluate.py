@@ -475,6 +475,8 @@ def with_identity(
         versions=versions(),
         intervals=bootstrap_intervals(outcomes, result.metrics, seed=stage.seed),
         bootstrap={"seed": stage.seed, "num_resamples": NUM_RESAMPLES, "level": LEVEL},
+        # Not one: a picture of a shard that cannot be read ends the stage, with its key.
+        num_unreadable=0,
         data=data_record(outcomes, result.dataset.rpartition("/")[2]),
     )
     return dataclasses.replace(result, provenance=provenance)

@@ -113,7 +113,7 @@ def filter_page(store: Store, facts: FilterFacts) -> bytes:
     ]
     warnings = [html.callout(str(text), tone="warn") for text in facts.plan["warnings"]]
     page = html.page(
-        f"Filter {facts.name}",
+        f"Filter: {facts.name}",
         [_rules_section(facts), _signals_section(facts), _examples_section(store, facts)],
         subtitle="What was kept, what was dropped, and why.",
         summary=[html.stat_tiles(tiles), *warnings],
@@ -148,7 +148,7 @@ def _rules_section(facts: FilterFacts) -> html.Section:
     )
     charts = [
         bar_chart(
-            [(str(rule["reason"]), float(rule[entry])) for rule in rules if rule[entry]],
+            [(_label(rule, rules), float(rule[entry])) for rule in rules if rule[entry]],
             title=title,
             unit="samples",
         )
@@ -165,6 +165,13 @@ def _rules_section(facts: FilterFacts) -> html.Section:
         lead="A sample is dropped by the first rule that it fails, so a rule behind others drops "
         "less in order than it would alone; left is what is kept behind it.",
     )
+
+
+def _label(rule: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> str:
+    """The rule's reason; with its expression where others give the same reason."""
+    reason = str(rule["reason"])
+    is_shared = sum(other["reason"] == rule["reason"] for other in rules) > 1
+    return f"{reason}: {rule['expression']}" if is_shared else reason
 
 
 def _limits_of(facts: FilterFacts, signal: str) -> list[Limit]:
@@ -204,8 +211,9 @@ def _signals_section(facts: FilterFacts) -> html.Section:
     return html.section(
         "Signals",
         *(charts or [html.callout("The plan holds no histogram.")]),
-        lead="All samples are faint, the kept ones full. A line is a threshold of a rule; one that "
-        "lies beyond the values stands at the end.",
+        lead="All samples are faint, the kept ones full. A bar that stands apart holds all up to "
+        "the axis or beyond it; its width has no meaning. A line is a threshold of a rule; one "
+        "that lies beyond the values stands at the end.",
     )
 
 

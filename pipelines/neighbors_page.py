@@ -1,6 +1,5 @@
 """What a neighbor table holds: who has a useful neighbor, how near they are, samples to look at."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from declip_eval import html
+from declip_filter.table_versions import USEFUL_SCORE, check_table
 from declip_shards import DeclipError, Store, layout
 from declip_shards.neighbor_tables import (
     TableVersion,
@@ -17,11 +17,11 @@ from declip_shards.neighbor_tables import (
     read_lists,
     resolve_table,
 )
-from pipelines.sheets import FOOTER, card, cell_of, pictures_of_keys
+from pipelines.sheets import FOOTER, card, cell_of, flat_entries, pictures_of_keys
 from pipelines.signal_histogram import binned_histogram
 
 NEIGHBORS_SHOWN = 4
-"""Of each sample: what fits into two lines of a row."""
+"""Of each sample: what fits into a row at 1,280 pixels."""
 BIN = 0.02
 """Width of the histogram's bins, in units of the score."""
 
@@ -43,6 +43,10 @@ class TableFacts:
     num_samples: int
     num_with: int
     """Samples that have a neighbor."""
+    num_useful: int
+    """Those of them whose first neighbor reaches ``useful_score``."""
+    useful_score: float
+    """Cosine from which a neighbor is of use, as the table was built with it."""
     num_neighbors: int
     score_sum: float
     edges: npt.NDArray[np.float64]
@@ -60,8 +64,17 @@ class TableFacts:
         return self.num_with / self.num_samples if self.num_samples else 0.0
 
     @property
+    def fraction_useful(self) -> float:
+        return self.num_useful / self.num_samples if self.num_samples else 0.0
+
+    @property
     def mean_score(self) -> float:
         return self.score_sum / self.num_neighbors if self.num_neighbors else 0.0
+
+    @property
+    def useful_means(self) -> str:
+        """From which score on a first neighbor counts."""
+        return f"have one of {self.useful_score:g} or more"
 
     def figures(self) -> list[tuple[str, str]]:
         """(name, value) for the terminal."""
@@ -71,6 +84,7 @@ class TableFacts:
             ("encoder", self.version.encoder or "not recorded"),
             ("samples", f"{self.num_samples:,}"),
             ("with a neighbor", f"{self.num_with:,} ({self.fraction:.2%})"),
+            ("useful", f"{self.num_useful:,} ({self.fraction_useful:.2%}) {self.useful_means}"),
             ("neighbors of a sample", f"{mean:.2f}"),
             ("mean score", f"{self.mean_score:.4f}"),
         ]
@@ -86,7 +100,8 @@ def read_table_facts(store: Store, name: str, num_samples: int, seed: int) -> Ta
         seed: of the drawing.
 
     Raises:
-        DeclipError: there is no such table, it is damaged, or it does not cover every shard.
+        DeclipError: there is no such table, it is damaged, does not cover every shard, or was made
+            for other shards.
     """
     shards = layout.list_shards(store)
     version = resolve_table(store, name)
@@ -97,9 +112,12 @@ def read_table_facts(store: Store, name: str, num_samples: int, seed: int) -> Ta
             f"neighbor table {version.folder!r} does not cover {told} in {store.url!r}; run the "
             "neighbors step, or name another table with --name."
         )
+    check_table(store, version.folder)
+    settings = (read_description(store, version.folder) or {}).get("settings", {})
+    useful_score = float(settings.get("useful_score", USEFUL_SCORE))
     edges = np.round(np.arange(-1, 1 + BIN / 2, BIN), 6)
     first_counts, all_counts = np.zeros((2, len(edges) - 1), np.int64)
-    num, num_with, num_neighbors, total = 0, 0, 0, 0.0
+    num, num_with, num_useful, num_neighbors, total = 0, 0, 0, 0, 0.0
     rng = np.random.default_rng(seed)
     drawn: list[tuple[float, Example]] = []
     lonely: list[tuple[float, str]] = []
@@ -110,7 +128,9 @@ def read_table_facts(store: Store, name: str, num_samples: int, seed: int) -> Ta
         scores = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
         starts = np.cumsum(lengths) - lengths
         all_counts += _binned(scores, edges)
-        first_counts += _binned(scores[starts[lengths > 0]], edges)
+        best = scores[starts[lengths > 0]]
+        first_counts += _binned(best, edges)
+        num_useful += int((best.astype(np.float32) >= useful_score).sum())
         num, num_with = num + len(lengths), num_with + int((lengths > 0).sum())
         num_neighbors, total = num_neighbors + len(scores), total + float(scores.sum())
         # The smallest of random numbers: a uniform draw of a stream of unknown length.
@@ -130,6 +150,8 @@ def read_table_facts(store: Store, name: str, num_samples: int, seed: int) -> Ta
         version=version,
         num_samples=num,
         num_with=num_with,
+        num_useful=num_useful,
+        useful_score=useful_score,
         num_neighbors=num_neighbors,
         score_sum=total,
         edges=edges,
@@ -183,17 +205,20 @@ def neighbors_page(store: Store, facts: TableFacts) -> bytes:
             if facts.lonely
             else html.callout("Every sample has one.", tone="good"),
             lead="Nothing near enough was found for them once their own caption's repeats were "
-            "left out.",
+            "left out."
+            if facts.lonely
+            else "",
         ),
         _made_section(store, facts),
     ]
     tiles = [
         ("Samples", f"{facts.num_samples:,}", "rows of the table"),
         ("With a neighbor", f"{facts.fraction:.1%}", f"{facts.num_with:,} samples"),
+        ("Useful", f"{facts.fraction_useful:.1%}", facts.useful_means),
         ("Mean score", f"{facts.mean_score:.3f}", f"over {facts.num_neighbors:,} neighbors"),
     ]
     page = html.page(
-        f"Neighbor table {facts.version.table}",
+        f"Neighbor table: {facts.version.table}",
         sections,
         subtitle="For each sample, the others nearest to it.",
         summary=[html.stat_tiles(tiles)],
@@ -209,7 +234,7 @@ def _scores_section(facts: TableFacts) -> html.Section:
     first, last = int(used[0]), int(used[-1]) + 1
     edges = facts.edges[first : last + 1].tolist()
     charts = [
-        binned_histogram(edges, counts[first:last].tolist(), title=title)
+        binned_histogram(edges, counts[first:last].tolist(), title=title, is_closed=True)
         for title, counts in (
             ("Score of the first neighbor", facts.first_counts),
             ("Score of every neighbor", facts.all_counts),
@@ -227,10 +252,7 @@ def _made_section(store: Store, facts: TableFacts) -> html.Section:
     described = read_description(store, facts.version.folder)
     if described is None:
         return html.section("How it was made", "The table has no table.json that says so.")
-    rows: Sequence[Sequence[str]] = [
-        [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
-        for name, value in sorted(described.items())
-    ]
+    rows = [list(pair) for pair in flat_entries(dict(sorted(described.items())))]
     return html.section(
         "How it was made", html.table(["setting", "value"], rows, text_columns=(0, 1))
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from declip_shards import DeclipError
 from declip_shards.errors import did_you_mean
+from pipelines.other_data import on_other_data, reads_other_data
 from pipelines.pipeline import Pipeline
 
 OWN_FLAGS = (
@@ -223,6 +224,8 @@ def apply_overrides(
         for step in pipeline.steps
     ]
     changed = dataclasses.replace(pipeline, steps=steps)
+    if reads_other_data(changed):
+        changed = on_other_data(changed, changes)
     changed = changed.derive(changed) if changed.derive else changed
     changed = changed.with_followers()
     if refuse_unread:

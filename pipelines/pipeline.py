@@ -31,6 +31,8 @@ class Step:
     """One line for the terminal: what the step is for."""
     settings_of: str = ""
     """Name of the step that has this one's settings: it prepares or finishes that one's work."""
+    data_root: str = ""
+    """Dataset whose steps ``reads`` names, a folder or URL; empty: the pipeline's own."""
 
     @property
     def code_version(self) -> str:
@@ -59,7 +61,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         seen: set[str] = set()
         for step in self.steps:
-            unknown = sorted(set(step.reads) - seen)
+            unknown = [] if step.data_root else sorted(set(step.reads) - seen)
             if unknown:
                 raise ValueError(f"step {step.name!r} reads {unknown[0]!r}, which is not before it")
             if step.name in seen:

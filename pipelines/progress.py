@@ -36,12 +36,20 @@ class Progress:
         num_done: tasks that stood before; they count as done, not as speed.
         num_in: samples of those tasks.
         num_out: samples of those tasks that came through.
+        unit: what samples are called.
     """
 
     def __init__(
-        self, name: str, num_tasks: int, num_done: int = 0, *, num_in: int = 0, num_out: int = 0
+        self,
+        name: str,
+        num_tasks: int,
+        num_done: int = 0,
+        *,
+        num_in: int = 0,
+        num_out: int = 0,
+        unit: str = "samples",
     ) -> None:
-        self.name, self.num_tasks, self.num_done = name, num_tasks, num_done
+        self.name, self.num_tasks, self.num_done, self.unit = name, num_tasks, num_done, unit
         self.num_samples, self.num_failed = 0, 0
         self._num_in, self._num_out = num_in, num_out
         self._start = self._last_line = time.monotonic()
@@ -122,7 +130,7 @@ class Progress:
 
     def _figures(self) -> list[str]:
         """What is said beside the number of tasks."""
-        figures = [f"{self._num_in:,} samples", f"{self.rate:,.0f} samples/s"]
+        figures = [f"{self._num_in:,} {self.unit}", f"{self.rate:,.0f} {self.unit}/s"]
         if self._num_out != self._num_in:
             figures.append(f"{100 * self._num_out / max(self._num_in, 1):.1f} % ok")
         if self.num_failed:

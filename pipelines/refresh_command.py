@@ -1,8 +1,10 @@
 """``declip refresh``: a neighbor table by a newer encoder, taken by a training run that goes on."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from declip_filter.table_versions import finished_versions
+from declip_filter.table_versions import finished_versions, table_figures
 from declip_shards import DeclipError, Store, neighbor_tables
 from declip_shards.errors import did_you_mean
 from pipelines.arguments import ArgumentParser
@@ -98,7 +100,7 @@ def listing(store: Store, table: str) -> str:
     for folder in folders:
         version = neighbor_tables.read_version(store, folder)
         record = neighbor_tables.read_version_record(store, folder) or {}
-        figures = record.get("figures", {})
+        figures = record.get("figures") or _figures(store, folder)
         shares = (figures.get(f"fraction_{name}") for name in ("with_neighbor", "useful"))
         with_neighbor, useful = ("-" if share is None else f"{share:.1%}" for share in shares)
         step = "-" if version.step is None else str(version.step)
@@ -107,6 +109,15 @@ def listing(store: Store, table: str) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _figures(store: Store, folder: str) -> dict[str, Any]:
+    """Figures of a table that no refresh has summed up; none of one that is not there whole."""
+    try:
+        figures = table_figures(store, folder)
+    except DeclipError:
+        return {}
+    return asdict(figures) if figures.num_rows else {}
 
 
 def summary(outcome: Outcome) -> str:

@@ -24,6 +24,7 @@ from declip_shards.optout import PENDING
 from pipelines import ray_runner
 from pipelines.failure_table import ingest_advice, reasons_table, tasks_table
 from pipelines.lock import Hold, workspace_lock
+from pipelines.other_data import require_other_data
 from pipelines.pipeline import Pipeline, Step
 from pipelines.progress import Progress
 from pipelines.states import input_digests, pipeline_states, why_stale
@@ -373,6 +374,9 @@ def check_upstream(pipeline: Pipeline, steps: Sequence[Step]) -> None:
     chosen = {step.name for step in steps}
     states = {state.step: state for state in pipeline_states(pipeline)}
     for step in steps:
+        if step.data_root:
+            require_other_data(step)
+            continue
         for name in step.reads:
             if name not in chosen and states[name].state != "done":
                 raise DeclipError(
@@ -390,6 +394,9 @@ def run_pipeline(
         raise DeclipError(f"--runner is {runner!r}.{did_you_mean(runner, RUNNERS)}")
     if runner == "ray" and any(step.on_ray for step in steps):
         ray_runner.check_shared_root(pipeline.root)
+    for step in steps:
+        # Before hours of work for a step that cannot write there.
+        getattr(step.stage, "check_output", lambda: None)()
     check_root(pipeline)
     check_upstream(pipeline, steps)
     reports = []

@@ -158,8 +158,11 @@ def query_vector(
         assert picture is not None
         try:
             own = encoder.encode_image([picture])
-        except (OSError, ValueError) as error:
-            raise DeclipError(f"--image cannot be read as a picture ({error}).") from error
+        except (OSError, ValueError, DeclipError) as error:
+            reason = str(error).rstrip(".")
+            raise DeclipError(
+                f"--image cannot be read as a picture ({reason}); name a picture file."
+            ) from error
     # A row of both sides is text and picture one after the other; the query stands for either.
     num_sides = len(side_kinds(str(loaded.info["kind"])))
     whole = np.concatenate([own] * num_sides, axis=1).astype(np.float32)

@@ -1,7 +1,8 @@
 """Sheets of pictures to look at: rows of cells, as one HTML file that fetches nothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -178,3 +179,30 @@ def cell_of(pictures: Mapping[str, tuple[bytes, str]], key: str, note: str = "")
     if key not in pictures:
         return Cell(None, f"{key}: {NO_PICTURE}", note)
     return Cell(*pictures[key], note=note or key)
+
+
+def flat_entries(
+    value: Any, name: str = "", *, without: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """The leaves of nested JSON for a table: dotted names, and values as text, a dash for none.
+
+    Args:
+        value: the JSON.
+        name: what it is called, before the names in it.
+        without: entries of this name are left out wherever they stand.
+    """
+    if isinstance(value, Mapping):
+        return [
+            pair
+            for key, inner in value.items()
+            if key not in without
+            for pair in flat_entries(inner, f"{name}.{key}" if name else str(key), without=without)
+        ]
+    if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        return [
+            pair
+            for number, inner in enumerate(value)
+            for pair in flat_entries(inner, f"{name}.{number}", without=without)
+        ]
+    told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [(name, "-" if value is None else told or "-")]

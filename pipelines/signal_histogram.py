@@ -1,5 +1,6 @@
 """A histogram of counts that are already binned, with what is kept and the thresholds drawn in."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,12 @@ ALL_OPACITY = 0.35
 """Of the bars of all samples, behind those of the kept ones."""
 LABEL_HEIGHT = 14
 """Pixels of a line of text above the bars."""
+MANY_WIDTHS = 3.0
+"""Times the usual width that make a first or last bin a tail, drawn apart."""
+BOX_GAP = 12.0
+"""Pixels between such a tail and the axis."""
+LEAST_WIDTH = 2.0
+"""Pixels of a bar whose bin is too narrow to be seen."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +38,43 @@ class Limit:
     value: float
 
 
-@dataclass(frozen=True)
 class _Scale:
-    """Bins side by side, each as wide as the others whatever its edges."""
+    """A linear axis, with a box of its own for a first or last bin much wider than the others.
 
-    edges: Sequence[float]
-    left: float
-    right: float
+    Such a bin gathers a tail; on one scale with the others it would leave them no room.
+    """
 
-    def edge(self, number: float) -> float:
-        """Pixel of the left edge of a bin (of its number, which may lie between two)."""
-        return self.left + (self.right - self.left) * number / (len(self.edges) - 1)
+    def __init__(self, edges: Sequence[float], left: float, right: float, box: float) -> None:
+        self.edges, self.left, self.right = edges, left, right
+        widths = np.diff(edges)
+        usual = float(np.median(widths)) * MANY_WIDTHS
+        self.has_left = len(widths) > 2 and float(widths[0]) > usual
+        self.has_right = len(widths) > 2 and float(widths[-1]) > usual
+        inner = edges[int(self.has_left) : len(edges) - int(self.has_right)]
+        room = box + BOX_GAP
+        self.axis = Axis(
+            low=inner[0],
+            high=inner[-1],
+            start=left + room * self.has_left,
+            end=right - room * self.has_right,
+        )
+        self._box = box
+
+    def bin(self, number: int) -> tuple[float, float]:
+        """Pixels where a bin begins and ends."""
+        if number == 0 and self.has_left:
+            return self.left, self.left + self._box
+        if number == len(self.edges) - 2 and self.has_right:
+            return self.right - self._box, self.right
+        return self.axis(self.edges[number]), self.axis(self.edges[number + 1])
 
     def value(self, value: float) -> float:
         """Pixel of a value; beyond the ends it is that of the end."""
-        return self.edge(float(np.interp(value, self.edges, np.arange(len(self.edges)))))
+        last = len(self.edges) - 2
+        number = min(max(bisect_right(self.edges, value) - 1, 0), last)
+        low, high = self.edges[number : number + 2]
+        start, end = self.bin(number)
+        return start + (end - start) * min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 def binned_histogram(
@@ -56,8 +85,9 @@ def binned_histogram(
     note: str = "",
     kept: Sequence[int] | None = None,
     limits: Sequence[Limit] = (),
+    is_closed: bool = False,
 ) -> Markup:
-    """Draw counts over bins of one width on the page.
+    """Draw counts over a linear axis; a long tail at either end gets a box of its own.
 
     Args:
         edges: ascending, one more than bins.
@@ -66,6 +96,7 @@ def binned_histogram(
         note: behind the title, such as how many samples have no value.
         kept: samples of each bin that were kept, drawn in full color before the others.
         limits: thresholds, drawn as lines; those outside the edges stand at the end.
+        is_closed: the last bin holds its upper edge, too.
 
     Raises:
         ValueError: no bin, or lengths that do not fit each other.
@@ -83,7 +114,7 @@ def binned_histogram(
     def draw(width: int) -> Iterator[str]:
         head = 12 + LABEL_HEIGHT * len(limits)
         bottom = head + (200 if width == WIDE else 160)
-        scale = _Scale(edges, left, width - 14)
+        scale = _Scale(edges, left, width - 14, 40 if width == WIDE else 22)
         axis = Axis(low=0, high=ticks[-1], start=bottom, end=head)
         yield str(bottom + 26)
         for tick, label in zip(ticks, tick_labels(ticks), strict=True):
@@ -92,11 +123,13 @@ def binned_histogram(
         layers = [(counts, 1.0)] if kept is None else [(counts, ALL_OPACITY), (kept, 1.0)]
         for values, opacity in layers:
             yield from _bars(scale, axis, values, counts, kept, opacity)
-        yield from _edge_labels(scale, bottom, 10 if width == WIDE else 4)
+        yield from _value_ticks(scale, bottom, 10 if width == WIDE else 4)
         yield from _limit_lines(scale, limits, bottom, width)
 
     total = sum(counts)
-    summary = f"{total:,} samples from {short_number(edges[0])} to {short_number(edges[-1])}"
+    below = "" if is_closed else "below "
+    first, last = (short_number(edge) for edge in (edges[0], edges[-1]))
+    summary = f"{total:,} samples from {first} to {below}{last}"
     if kept is not None:
         summary += f", {sum(kept):,} kept"
     return responsive(title, "; ".join(part for part in (summary, note) if part), summary, draw)
@@ -113,23 +146,39 @@ def _bars(
     for number, value in enumerate(values):
         if not value:
             continue
-        x, y = scale.edge(number), axis(value)
+        (x, right), y = scale.bin(number), axis(value)
         start, end = (short_number(edge) for edge in scale.edges[number : number + 2])
         told = f"{start} to {end}: {counts[number]:,}"
         if kept is not None:
             told += f", {kept[number]:,} kept"
-        room = max(scale.edge(number + 1) - x - 1, 0.5)
+        room = max(right - x - 1, LEAST_WIDTH)
         yield rect_element(x + 0.5, y, room, axis.start - y, "bar", told, opacity)
 
 
-def _edge_labels(scale: _Scale, bottom: float, most: int) -> Iterator[str]:
-    yield line_element(scale.left, bottom, scale.right, bottom, "axis-line")
-    stride = max(1, -(-(len(scale.edges) - 1) // most))
-    for number in range(0, len(scale.edges), stride):
-        x, label = scale.edge(number), short_number(scale.edges[number])
-        half = len(label) * CHARACTER / 2
+def _value_ticks(scale: _Scale, bottom: float, most: int) -> Iterator[str]:
+    """Round values along the axis, and under each tail the value where it ends."""
+    axis = scale.axis
+    yield line_element(axis.start, bottom, axis.end, bottom, "axis-line")
+    taken = []
+    for is_there, number, end in ((scale.has_left, 0, 0), (scale.has_right, -2, -1)):
+        if is_there:
+            left, right = scale.bin(number % len(scale.edges))
+            label = ("from " if end == 0 else "to ") + short_number(scale.edges[end])
+            # Past the chart's edge it would be cut off.
+            half = len(label) * CHARACTER / 2
+            x = min(max((left + right) / 2, half), scale.right + 12 - half)
+            yield line_element(left, bottom, right, bottom, "axis-line")
+            yield text_element(x, bottom + 18, label, "middle")
+            taken.append((x - half, x + half))
+    ticks = linear_ticks(axis.low, axis.high, most)
+    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+        x, half = axis(tick), len(label) * CHARACTER / 2
+        if not axis.low <= tick <= axis.high:
+            continue
         yield line_element(x, bottom, x, bottom + 4, "axis-line")
-        yield text_element(min(x, scale.right + 12 - half), bottom + 18, label, "middle")
+        if all(x + half + 6 < low or x - half - 6 > high for low, high in taken):
+            at = min(x, scale.right + 12 - half)
+            yield text_element(at, bottom + 18, label, "middle")
 
 
 def _limit_lines(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from declip_shards import Store, manifest
 from declip_shards.manifest import Manifest
+from declip_train.dataset_files import open_dataset
 from pipelines.pipeline import Pipeline, Step
 
 
@@ -27,7 +28,8 @@ def input_digests(store: Store, step: Step) -> dict[str, str]:
 
     And of the files of each folder that it watches.
     """
-    digests = {name: manifest.manifest_digest(store, name) or "" for name in step.reads}
+    source = open_dataset(step.data_root) if step.data_root else store
+    digests = {name: manifest.manifest_digest(source, name) or "" for name in step.reads}
     for folder in step.watches:
         files = {name: store.sha256(f"{folder}/{name}") for name in store.list(folder)}
         digests[folder] = hashlib.sha256(manifest.canonical_json(files)).hexdigest()

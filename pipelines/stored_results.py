@@ -19,6 +19,8 @@ TASK_TITLES: Mapping[str, str] = {
     "linear_probe": "Linear probe",
 }
 _SHOTS = ("fewshot_k", "lp_fewshot_k")
+_EXPORT = ("train", "export")
+"""Where a run has its model."""
 _MEASURES = re.compile(
     r"(lp_)?(acc\d+|mean_per_class_recall|mean_average_precision(_11)?|roc_auc|mean_acc1_acc5)"
     r"|(image|text)_retrieval_recall@\d+"
@@ -43,7 +45,9 @@ class StoredResult:
     info: DatasetInfo | None
     """None for a dataset that the table does not know."""
     weights: str
-    """Name of the weights: the last part of their path, or all of it where two end alike."""
+    """Name of the weights: the end of their path, as much as tells it from others that end so."""
+    origin: str = ""
+    """Run or folder that the results are of, where other weights' are called the same."""
 
     @property
     def dataset(self) -> str:
@@ -72,7 +76,12 @@ class StoredResult:
     def model(self) -> str:
         """Name of the model: architecture and weights."""
         language = "" if self.result.language == "en" else f" [{self.result.language}]"
-        return f"{self.result.model} {self.weights}{language}"
+        return f"{self.result.model} {self.weights}{self.of_origin}{language}"
+
+    @property
+    def of_origin(self) -> str:
+        """What follows the name of the weights where that alone does not tell them apart."""
+        return f" of {self.origin}" if self.origin else ""
 
     @property
     def main_metric(self) -> str | None:
@@ -166,25 +175,76 @@ def load_results(places: Sequence[str | os.PathLike[str]]) -> list[StoredResult]
             except ValueError as error:
                 raise DeclipError(str(error)) from error
             found[file.resolve()] = (file, result)
-    ends: dict[tuple[str, str], set[str]] = {}
-    for _, result in found.values():
-        ends.setdefault((result.model, _end(result.pretrained)), set()).add(result.pretrained)
+    weights = _weights_names(result for _, result in found.values())
+    origins = _origins(list(found.values()))
     return [
         StoredResult(
             path=file,
             result=result,
             info=find_dataset(result.dataset),
-            weights=result.pretrained
-            if len(ends[result.model, _end(result.pretrained)]) > 1
-            else _end(result.pretrained),
+            weights=weights[result.model, result.pretrained],
+            origin=origins.get(_identity(result), ""),
         )
         for file, result in found.values()
     ]
 
 
-def _end(path: str) -> str:
-    """The last part of a checkpoint's path."""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+def _weights_names(results: Iterable[EvalResult]) -> dict[tuple[str, str], str]:
+    """(model, pretrained) -> the last part of the weights' path, more where two end alike."""
+    parts: dict[str, dict[str, tuple[str, ...]]] = {}
+    for result in results:
+        path = tuple(re.split(r"[/\\]", result.pretrained.rstrip("/\\")))
+        # A run's model is called as the run.
+        path = path[:-2] if len(path) > 2 and path[-2:] == _EXPORT else path
+        parts.setdefault(result.model, {})[result.pretrained] = path
+    found = {}
+    for model, paths in parts.items():
+        for pretrained, path in paths.items():
+            alike = {name: p for name, p in paths.items() if p[-1] == path[-1]}
+            # Two spellings of one path are not told apart by their ends: then all of it.
+            found[model, pretrained] = _shortest_ends(alike).get(pretrained, pretrained)
+    return found
+
+
+def _identity(result: EvalResult) -> tuple[str, str, str]:
+    """Model, name of its weights, and their hash (empty where the result does not say)."""
+    known = result.provenance
+    return result.model, result.pretrained, known.hashes.get("weights", "") if known else ""
+
+
+def _origins(found: Sequence[tuple[Path, EvalResult]]) -> dict[tuple[str, str, str], str]:
+    """Where other weights are called the same: the run or folder, as :func:`_identity` -> name.
+
+    Two runs of one recipe call their models alike. What tells them apart is the end of the folder
+    that their results lie in (a run's is the one that holds `eval`); results of several weights in
+    one folder are told apart by the hash of the weights.
+    """
+    folders: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for file, result in found:
+        model, pretrained, weights = _identity(result)
+        if weights:
+            folder = file.resolve().parent
+            folder = folder.parent if folder.name == "eval" else folder
+            of_weights = folders.setdefault((model, pretrained), {})
+            of_weights.setdefault(weights, []).append(str(folder))
+    names = {}
+    for (model, pretrained), of_weights in folders.items():
+        if len(of_weights) < 2:
+            continue
+        common = {w: Path(os.path.commonpath(paths)).parts for w, paths in of_weights.items()}
+        for weights in of_weights:
+            name = _shortest_ends(common).get(weights, f"weights {weights[:8]}")
+            names[model, pretrained, weights] = name
+    return names
+
+
+def _shortest_ends(paths: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """As many last parts of each path as tell all apart; nothing where that cannot be."""
+    for length in range(1, max(map(len, paths.values()), default=0) + 1):
+        ends = {name: "/".join(parts[-length:]) for name, parts in paths.items()}
+        if len(set(ends.values())) == len(paths):
+            return ends
+    return {}
 
 
 def _is_result(path: Path) -> bool:

@@ -198,7 +198,7 @@ def _measured_row(stored: StoredResult) -> dict[str, object]:
         "model": result.model,
         "pretrained": result.pretrained,
         "task": result.task,
-        "model_fullname": f"{result.model} {result.pretrained}",
+        "model_fullname": f"{result.model} {result.pretrained}{stored.of_origin}",
         "status": "measured",
         "num_samples": result.provenance.num_samples if result.provenance else "",
         "main_metric": metric or "",

@@ -38,7 +38,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="FOLDER",
-        help="run folder, in place of --logs and --name; without --train-data, a dataset's",
+        help="run folder, in place of --logs and --name; the dataset's own where neither "
+        "--train-data nor --train.data-root names another",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="show the settings as JSON; start and write nothing"
@@ -66,9 +67,11 @@ def main(argv: Sequence[str]) -> int:
         print(settings_text())
         return 0
     changes = parse_settings_of(overrides)
-    if not (arguments.train_data or changes.get("train_data") or arguments.out):
+    named = arguments.train_data or changes.get("train_data") or changes.get("data_root")
+    if not (named or arguments.out):
         raise DeclipError(
-            "there is nothing to train on: give --train-data TARS, or --out FOLDER of a dataset."
+            "there is nothing to train on: give --train-data TARS, or --out FOLDER of a dataset, "
+            "or a dataset elsewhere by --train.data-root."
         )
     flags = read_flags(
         arguments,
@@ -85,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(json.loads(stage.to_json()), indent=2, sort_keys=True))
         return 0
     check_location(root)
+    stage.check_output()
     store = Store(root)
     with stop_on_signals(), workspace_lock(store):
         refuse_another_run(store, stage)
@@ -212,11 +216,14 @@ def with_epochs(stage: TrainModel, flags: FlagSettings) -> TrainModel:
 def refuse_another_run(store: Store, stage: TrainModel) -> None:
     """Refuse to overwrite a run of other settings, as open_clip does.
 
+    One that was refused or ended before it had written anything left its settings alone: nobody
+    misses them, and the corrected command must not be refused for them.
+
     Raises:
         DeclipError: the folder holds one; what differs is named.
     """
     path = store.local_path(CONFIG)
-    if not path.is_file():
+    if not path.is_file() or not _has_begun(path.parent):
         return
     there = read_settings(path)
     if there.elastic_digest() == stage.elastic_digest():
@@ -233,6 +240,14 @@ def refuse_another_run(store: Store, stage: TrainModel) -> None:
     raise DeclipError(
         f"{store.url!r} holds a run of other settings ({'; '.join(differs[:_NUM_NAMED])}{more}); "
         f"choose another --name or --out, or remove {str(path.parent)!r}."
+    )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run left a record, a checkpoint or an export in its folder."""
+    kept = ("log.jsonl", "export", "bad_batches")
+    return any((folder / name).exists() for name in kept) or any(
+        folder.glob("checkpoints/*/step_*")
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from declip_eval.few_shot import draw_shots, few_shot
-from declip_eval.linear_probe import linear_probe
+from declip_eval.linear_probe import fit_probe
 
 
 def classes_of_normals(num_rows, spread=0.5, num_classes=6, dim=16, seed=0):
@@ -47,9 +47,9 @@ def test_means_are_those_of_the_seeds_own_probes(parts):
     for seed in (3, 8):
         rows = draw_shots(train_labels, 4, seed)
         alone.append(
-            linear_probe(
+            fit_probe(
                 train[rows], train_labels[rows], test, test_labels, seed=0, l2_strengths=(0.5,)
-            )
+            ).metrics
         )
         assert found.by_seed[seed] == alone[-1]
     for name in ("lp_acc1", "lp_acc5", "lp_mean_per_class_recall"):

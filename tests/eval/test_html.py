@@ -227,3 +227,10 @@ def test_numbers_stand_right_and_text_left():
     markup = html.table(["a", "b", "c"], [["1", "2", "3"]], text_columns=(0, 2))
     assert markup.count('class="number"') == 2  # Head and cell of the middle column.
     assert '<td class="number">2</td>' in markup
+
+
+def test_a_missing_caption_is_said_to_be_missing():
+    picture = html.image(Image.new("RGB", (4, 4)), alt=" ")
+    shown = html.pair_card(html.Card(image=picture, caption=" "))
+    assert 'alt="a picture without a caption"' in shown
+    assert "no caption" in shown

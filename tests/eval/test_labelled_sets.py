@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import io
+import os
 import pickle
 import shutil
 import threading
@@ -189,6 +190,58 @@ def test_the_digest_knows_all_but_the_folder_and_the_process(tmp_path):
         assert other.prompts_digest() != first.prompts_digest()
 
 
+def write_folders(root):
+    for key, data, label in ITEMS:
+        path = root / "test" / CLASSES[label] / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def write_parquet(root):
+    root.mkdir(parents=True)
+    columns = {"image": [data for _, data, _ in ITEMS], "label": [row % 3 for row in range(7)]}
+    pq.write_table(pa.table(columns), root / "test.parquet", compression="none")
+
+
+@pytest.mark.parametrize("write", [write_set, write_folders, write_parquet])
+def test_the_digest_knows_every_byte_of_a_picture(tmp_path, write):
+    write(tmp_path / "toy")
+    first = open_labelled_set(str(tmp_path), "toy")
+    digest = first.digest()
+    files = [path for path in (tmp_path / "toy").rglob("*") if path.is_file()]
+    (path,) = [path for path in files if ITEMS[3][1] in path.read_bytes()]
+    whole = path.read_bytes()
+    at = whole.index(ITEMS[3][1]) + 20
+    changed = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    path.write_bytes(changed)
+    other = open_labelled_set(str(tmp_path), "toy")
+    assert (other.keys, len(changed)) == (first.keys, len(whole))
+    assert other.digest() != digest
+    assert first.digest() == digest, "a set's digest is taken once"
+    path.write_bytes(whole)
+    assert open_labelled_set(str(tmp_path), "toy").digest() == digest
+
+
+def test_a_picture_that_cannot_be_read_is_part_of_the_digest(tmp_path):
+    write_folders(tmp_path / "toy")
+    digest = open_labelled_set(str(tmp_path), "toy").digest()
+    path = tmp_path / "toy" / "test" / "cat" / "k3.png"
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    found = open_labelled_set(str(tmp_path), "toy")
+    assert len(found) == len(ITEMS)
+    assert found.digest() != digest
+
+
+def test_configurations_are_looked_for_in_the_sets_own_folder_alone(tmp_path):
+    write_parquet(tmp_path / "toy" / "fine")
+    assert len(open_labelled_set(str(tmp_path), "toy")) == 7
+    assert len(open_labelled_set(f"{tmp_path}/toy", "toy")) == 7
+    assert len(open_labelled_set(f"{tmp_path}/{{dataset}}", "toy")) == 7
+    with pytest.raises(MissingDatasetError):
+        open_labelled_set(f"{tmp_path}/toy", "other")
+
+
 def test_a_set_behind_a_web_server_is_the_same_set(tmp_path):
     write_set(tmp_path / "served" / "wds_toy")
 
@@ -204,6 +257,19 @@ def test_a_set_behind_a_web_server_is_the_same_set(tmp_path):
     cache = str(tmp_path / "cache")
     try:
         found = open_labelled_set(url, "wds/toy", cache=cache)
+        first = found.read_images([6, 0])
+        digest = found.digest()
+        served = tmp_path / "served" / "wds_toy" / "test" / "2.tar"
+        whole = served.read_bytes()
+        # Another picture of the same size, a second later.
+        served.write_bytes(whole.replace(ITEMS[6][1], ITEMS[5][1]))
+        os.utime(served, (2 * 10**9, 2 * 10**9))
+        swapped = open_labelled_set(url, "wds/toy", cache=cache)
+        assert swapped.read_images([6]) == [ITEMS[5][1]]
+        assert swapped.digest() != digest
+        served.write_bytes(whole)
+        with pytest.raises(MissingDatasetError, match="A web server shows no list of its files"):
+            open_labelled_set(url, "other", cache=cache)
         (tmp_path / "served" / "wds_toy" / "test" / "3.tar").write_bytes(b"x")
         with pytest.raises(DatasetError, match=r"says 3 tars, but 3\.tar is there too"):
             open_labelled_set(url, "wds/toy", cache=cache)
@@ -215,6 +281,6 @@ def test_a_set_behind_a_web_server_is_the_same_set(tmp_path):
         server.shutdown()
         server.server_close()
         thread.join()
-    assert found.read_images([6, 0]) == [ITEMS[6][1], ITEMS[0][1]]
+    assert first == [ITEMS[6][1], ITEMS[0][1]]
     write_set(tmp_path / "local")
-    assert found.digest() == open_labelled_set(str(tmp_path), "local").digest()
+    assert digest == open_labelled_set(str(tmp_path), "local").digest()

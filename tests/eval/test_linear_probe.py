@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from declip_eval.linear_probe import fit_probe, linear_probe, stratified_split
+from declip_eval.linear_probe import fit_probe, stratified_split
 from declip_eval.strength_sweep import CLIP_L2_STRENGTHS
 
 
@@ -18,7 +18,7 @@ def digits():
 
 
 def test_real_digits_are_learned_and_the_numbers_are_scikit_learns(digits):
-    metrics = linear_probe(*digits, seed=0, l2_strengths=(1e-2, 1.0, 1e2))
+    metrics = fit_probe(*digits, seed=0, l2_strengths=(1e-2, 1.0, 1e2)).metrics
     train, train_labels, test, test_labels = digits
     model = LogisticRegression(C=1 / metrics["l2_strength"], max_iter=1000)
     expected = model.fit(train, train_labels).score(test, test_labels)
@@ -33,49 +33,51 @@ def test_real_digits_are_learned_and_the_numbers_are_scikit_learns(digits):
 def test_the_strength_with_the_best_validation_accuracy_is_taken(digits):
     # A million drowns every coefficient; it must not be chosen wherever it stands in the list.
     for strengths in ((1.0, 1e6), (1e6, 1.0)):
-        assert linear_probe(*digits, seed=0, l2_strengths=strengths)["l2_strength"] == 1.0
+        assert fit_probe(*digits, seed=0, l2_strengths=strengths).metrics["l2_strength"] == 1.0
 
 
 def test_of_equally_good_strengths_the_largest_is_taken():
     features = np.array([[-1.0], [1.0]] * 20)
     labels = np.array([0, 1] * 20)
-    metrics = linear_probe(features, labels, features, labels, seed=0, l2_strengths=(0.1, 1.0, 0.5))
+    metrics = fit_probe(
+        features, labels, features, labels, seed=0, l2_strengths=(0.1, 1.0, 0.5)
+    ).metrics
     assert metrics["l2_strength"] == 1.0
     assert metrics["lp_acc1"] == 1.0
 
 
 def test_equal_seeds_give_equal_results(digits):
-    first = linear_probe(*digits, seed=3, l2_strengths=(0.1, 10.0))
-    assert linear_probe(*digits, seed=3, l2_strengths=(0.1, 10.0)) == first
+    first = fit_probe(*digits, seed=3, l2_strengths=(0.1, 10.0)).metrics
+    assert fit_probe(*digits, seed=3, l2_strengths=(0.1, 10.0)).metrics == first
 
 
 def test_renaming_the_classes_changes_nothing(digits):
     train, train_labels, test, test_labels = digits
-    expected = linear_probe(*digits, seed=0, l2_strengths=(1.0,))
+    expected = fit_probe(*digits, seed=0, l2_strengths=(1.0,)).metrics
     new = np.array([90, 7, 1000, 3, 55, 21, 8, 13, 2, 400])
-    got = linear_probe(
+    got = fit_probe(
         train, new[train_labels], test, new[test_labels], seed=0, l2_strengths=(1.0,)
-    )
+    ).metrics
     assert got["lp_acc1"] == pytest.approx(expected["lp_acc1"], abs=0.01)
 
 
 def test_random_labels_sit_at_chance():
     rng = np.random.default_rng(0)
-    metrics = linear_probe(
+    metrics = fit_probe(
         rng.normal(size=(300, 8)),
         rng.integers(0, 10, 300),
         rng.normal(size=(2000, 8)),
         rng.integers(0, 10, 2000),
         seed=0,
         l2_strengths=(1e2,),
-    )
+    ).metrics
     assert abs(metrics["lp_acc1"] - 0.1) < 0.03
     assert "validation_acc1" not in metrics
 
 
 def test_two_classes_and_features_without_information():
     features, labels = np.zeros((40, 3)), np.array([0, 1] * 20)
-    metrics = linear_probe(features, labels, features, labels, seed=0)
+    metrics = fit_probe(features, labels, features, labels, seed=0).metrics
     assert metrics["lp_acc1"] <= 0.5
     assert "lp_acc5" not in metrics
 
@@ -97,7 +99,7 @@ def test_a_given_validation_set_chooses_and_is_then_trained_on(digits):
     probe = fit_probe(*parts, seed=0, **given)
     # The seed only splits, and nothing is split.
     assert fit_probe(*parts, seed=1, **given).metrics == probe.metrics
-    whole = linear_probe(*digits, seed=0, l2_strengths=(probe.metrics["l2_strength"],))
+    whole = fit_probe(*digits, seed=0, l2_strengths=(probe.metrics["l2_strength"],)).metrics
     assert probe.metrics["lp_acc1"] == pytest.approx(whole["lp_acc1"], abs=1.1 / 300)
     left_out = fit_probe(*parts, seed=0, refit_on_validation=False, **given)
     model = LogisticRegression(C=1 / probe.metrics["l2_strength"], max_iter=1000, tol=1e-6)
@@ -123,7 +125,7 @@ def test_the_strength_can_be_chosen_by_the_mean_over_classes():
     features = rng.normal(size=(200, 2)) + np.stack([labels * 1.5, labels * 0], axis=1)
     parts = (features, labels, features, labels)
     chosen = {
-        name: linear_probe(*parts, seed=0, selection_metric=name)
+        name: fit_probe(*parts, seed=0, selection_metric=name).metrics
         for name in ("acc1", "mean_per_class_recall")
     }
     for name, metrics in chosen.items():
@@ -136,15 +138,17 @@ def test_the_strength_can_be_chosen_by_the_area_under_the_curve_and_by_two_accur
     rng = np.random.default_rng(1)
     labels = np.tile(np.arange(2), 60)
     features = rng.normal(size=(120, 3)) + labels[:, None]
-    found = linear_probe(features, labels, features, labels, seed=0, selection_metric="roc_auc")
+    found = fit_probe(
+        features, labels, features, labels, seed=0, selection_metric="roc_auc"
+    ).metrics
     assert found["lp_roc_auc"] >= found["lp_acc1"] > 0.7
     assert "validation_roc_auc" in found
     many = np.tile(np.arange(6), 30)
     apart = rng.normal(size=(180, 6)) + 2 * np.eye(6)[many]
-    found = linear_probe(apart, many, apart, many, seed=0, selection_metric="mean_acc1_acc5")
+    found = fit_probe(apart, many, apart, many, seed=0, selection_metric="mean_acc1_acc5").metrics
     assert found["lp_mean_acc1_acc5"] == (found["lp_acc1"] + found["lp_acc5"]) / 2
     with pytest.raises(ValueError, match="selection_metric is 'roc_auc', but this probe has acc1"):
-        linear_probe(apart, many, apart, many, seed=0, selection_metric="roc_auc")
+        fit_probe(apart, many, apart, many, seed=0, selection_metric="roc_auc")
 
 
 def test_split_is_a_partition_by_class():
@@ -162,7 +166,7 @@ def test_wrong_input_is_refused_in_a_sentence(digits):
     train, train_labels, test, test_labels = digits
 
     def probe(a=train, b=train_labels, c=test, d=test_labels, **settings):
-        return linear_probe(a, b, c, d, **{"seed": 0, **settings})
+        return fit_probe(a, b, c, d, **{"seed": 0, **settings}).metrics
 
     with pytest.raises(ValueError, match=r"holds one class only \(4\), but a probe separates"):
         probe(b=np.full(400, 4))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from declip_eval.linear_probe import linear_probe
+from declip_eval.linear_probe import fit_probe
 from declip_eval.logistic import LogisticProblem
 from declip_eval.logistic_torch import TorchLogisticProblem, exact_products
 
@@ -42,9 +42,9 @@ def test_all_strengths_at_once_are_the_numpy_ways(kind, monkeypatch):
 def test_a_probe_on_a_torch_device_gives_the_same_metrics():
     features, labels = data()
     parts = (features[:500], labels[:500], features[500:], labels[500:])
-    own = linear_probe(*parts, seed=0, sweep="clip")
+    own = fit_probe(*parts, seed=0, sweep="clip").metrics
     # "cpu:0" is torch's own name; plain "cpu" is the numpy way.
-    found = linear_probe(*parts, seed=0, sweep="clip", device="cpu:0")
+    found = fit_probe(*parts, seed=0, sweep="clip", device="cpu:0").metrics
     assert found["lp_acc1"] == pytest.approx(own["lp_acc1"], abs=0.01)
     assert found["validation_acc1"] == pytest.approx(own["validation_acc1"], abs=0.01)
 
@@ -52,7 +52,7 @@ def test_a_probe_on_a_torch_device_gives_the_same_metrics():
 def test_a_device_that_is_not_there_is_refused():
     features, labels = data()
     with pytest.raises(ValueError, match="device is 'tpu9', but torch has no such device"):
-        linear_probe(features, labels, features, labels, seed=0, device="tpu9")
+        fit_probe(features, labels, features, labels, seed=0, device="tpu9")
 
 
 def test_the_callers_precision_is_restored():

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
-from declip_eval.linear_probe import fit_probe, linear_probe
+from declip_eval.linear_probe import fit_probe
 from declip_eval.multilabel_probe import multilabel_metrics, multilabel_split
 
 
@@ -40,13 +40,13 @@ def test_one_classifier_a_class_and_the_numbers_are_scikit_learns(samples):
 
 
 def test_the_strength_is_chosen_by_eleven_point_precision(samples):
-    found = linear_probe(*samples, seed=0, multilabel=True, sweep="clip")
+    found = fit_probe(*samples, seed=0, multilabel=True, sweep="clip").metrics
     assert 0.8 < found["validation_mean_average_precision_11"] <= 1
     assert 0.8 < found["lp_mean_average_precision_11"] <= 1
     assert found["l2_strength"] < 1e5
-    other = linear_probe(
+    other = fit_probe(
         *samples, seed=0, multilabel=True, selection_metric="mean_average_precision"
-    )
+    ).metrics
     assert "validation_mean_average_precision" in other
 
 
@@ -54,7 +54,7 @@ def test_random_labels_have_the_precision_of_their_share():
     rng = np.random.default_rng(1)
     features, labels = rng.standard_normal((2000, 6)), rng.random((2000, 3)) < 0.3
     parts = (features[:500], labels[:500], features[500:], labels[500:])
-    found = linear_probe(*parts, seed=0, l2_strengths=(1.0,), multilabel=True)
+    found = fit_probe(*parts, seed=0, l2_strengths=(1.0,), multilabel=True).metrics
     assert abs(found["lp_mean_average_precision"] - 0.3) < 0.06
 
 
@@ -82,7 +82,7 @@ def test_wrong_input_is_refused_in_a_sentence(samples):
     train, train_labels, test, test_labels = samples
 
     def probe(a=train, b=train_labels, c=test, d=test_labels, **settings):
-        return linear_probe(a, b, c, d, **{"seed": 0, "multilabel": True, **settings})
+        return fit_probe(a, b, c, d, **{"seed": 0, "multilabel": True, **settings}).metrics
 
     with pytest.raises(ValueError, match=r"train_labels has shape \(600,\).*need shape \(600, num"):
         probe(b=train_labels[:, 0])

@@ -35,6 +35,9 @@ class NoPlaces:
     def add_to(self, digest):
         pass
 
+    def files(self):
+        return []
+
 
 def labelled(labels=(0, 1, 2, 3, 0, 1, 2, 3), **changes):
     labels = np.asarray(labels)
@@ -54,6 +57,13 @@ def labelled(labels=(0, 1, 2, 3, 0, 1, 2, 3), **changes):
         "places": NoPlaces(),
     }
     return LabelledSet(**{**fields, **changes})
+
+
+def test_empty_classes_are_counted():
+    with pytest.raises(DatasetError, match=r"no picture of class 3 \(t-shirt\): fetch .* leave it"):
+        check_against(None, labelled((0, 1, 2, 0, 1, 2)))
+    with pytest.raises(DatasetError, match=r"class 0 \(cat\), and of 2 classes in all: fetch"):
+        check_against(None, labelled((1, 1, 2, 1, 1, 2)))
 
 
 def names(*given):
@@ -89,7 +99,7 @@ def test_a_good_set_passes_without_a_word(changes):
         ({"class_names": NAMES[:3]}, "has 4 classes, but 3 class names are given"),
         ({"labels": [0, 1, 2, 3, 0, 1, 2, 4]}, "the label of 'k7' is 4, but classes are 0 to 3"),
         ({"labels": [0, 1, 2, -1, 0, 1, 2, 3]}, r"the label of 'k3' is -1.*\(1 labels are out"),
-        ({"labels": [0, 1, 3, 3, 0, 1, 3, 3]}, r"no picture of class 2 \(owl\), and of 1 classes"),
+        ({"labels": [0, 1, 3, 3, 0, 1, 3, 3]}, r"no picture of class 2 \(owl\): fetch"),
         (
             names("cat", "owl", "dog", "t-shirt"),
             r"another order than the table \(2 of 4\): class 1 is 'owl' here and 'dog' there, "
@@ -113,6 +123,11 @@ def test_names_of_the_users_file_are_only_counted():
     check_against(INFO, labelled(**given, names_source="file", class_names=NAMES))
     with pytest.raises(DatasetError, match="but 1 class names are given"):
         check_against(INFO, labelled(names_source="file", class_names=(("cat",),)))
+    doubled = (*NAMES[:3], NAMES[1])
+    with pytest.warns(
+        UserWarning, match="classes 1 and 3 are both called 'dog' in the given names"
+    ):
+        check_against(INFO, labelled(names_source="file", class_names=doubled))
 
 
 def test_a_training_split_of_another_size_is_said_and_half_of_one_refused():

@@ -51,7 +51,7 @@ def test_local_files_are_read_in_place(tmp_path):
     assert folder.names() == ([], ["a"])
     assert folder.names("a") == (["b.txt"], [])
     assert folder.names("none") == ([], [])
-    assert folder.find("") == {".hidden": 0, "a/b.txt": 6}
+    assert folder.find("") == {".hidden": (0, None), "a/b.txt": (6, None)}
     assert folder.read_text("a/b.txt") == "é\n"
     assert folder.read("a") is None
     assert folder.read("a/b.txt/c") is None

@@ -37,3 +37,8 @@ def test_a_drawing_is_well_formed_and_its_text_survives():
     assert text[0].text == evil + "!"
     assert line.attrib["x2"] == "1"
     assert rect.attrib["fill-opacity"] == "0.50"
+
+
+def test_wide_characters_take_the_room_of_more():
+    assert clip("W" * 20, 20) != "W" * 20
+    assert len(clip("猫" * 40, 20)) < len(clip("a" * 40, 20))

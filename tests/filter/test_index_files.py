@@ -95,7 +95,7 @@ def test_damage_is_refused_by_the_name_of_the_file(tmp_path, file, change):
 @pytest.mark.parametrize(
     ("entry", "value", "sentence"),
     [
-        ("format_version", 99, r"is of format 99, this version reads up to 2; upgrade"),
+        ("format_version", 99, r"info.json' is of format 99, this version reads up to 2; upgrade"),
         ("format_version", "x", r"info.json' is damaged"),
         ("vectors dimension", 31, r"is of dimension 32, its info.json says 31"),
     ],

@@ -4,14 +4,16 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from declip_filter.embedding_files import METADATA_SCHEMA
 from declip_filter.embeddings import Part
 from declip_filter.neighbor_search import ExactSource, Rules, TableRows, find_neighbors, score_pairs
 from declip_filter.vectors import StoredVectors
-from declip_shards import DeclipError, Store, layout
+from declip_shards import DeclipError, Store, layout, sidecars
 
 
 def make_rows(root, vectors, captions, hashes=None) -> TableRows:
@@ -140,8 +142,11 @@ def test_a_vector_that_is_no_number_is_named(tmp_path):
     vectors = np.eye(4)
     vectors[2, 1] = np.nan
     table = make_rows(tmp_path, vectors, np.arange(4))
+    columns = {name: table.keys.tolist() for name in METADATA_SCHEMA.names}
+    path = layout.embedding_path("text", "metadata", "0")
+    sidecars.write_table(Store(str(tmp_path)), path, pa.table(columns))
     pairs = np.asarray([[1, 2]])
-    with pytest.raises(DeclipError, match=r"the vector of sample 'k2' is not finite"):
+    with pytest.raises(DeclipError, match=r"\.npy': the vector of sample 'k2' is not finite"):
         score_pairs(table, np.asarray([0]), pairs)
-    with pytest.raises(DeclipError, match=r"the vector of sample 'k2' is not finite"):
+    with pytest.raises(DeclipError, match=r"\.npy': the vector of sample 'k2' is not finite"):
         score_pairs(table, np.asarray([2]), pairs[:, :1])

@@ -17,7 +17,7 @@ from pipelines.cli import main
         (["sources", "show", "l", "--kind", "cc12n"], "--kind is 'cc12n'. Did you mean 'cc12m'"),
         (["sources", "show", "l", "--rows", "x"], "--rows: invalid int value: 'x'; see"),
         (["sources", "diff", "l"], "the following arguments are required: B; see"),
-        (["sources"], "declip sources: the following arguments are required: COMMAND; see"),
+        (["sources"], "the following arguments are required: COMMAND; see declip sources --help."),
         (["sources", "--jsn", "show"], "no option --jsn."),
         (["refetch", "--raeson", "timeout"], "no option --raeson. Did you mean '--reason'"),
         (["refetch", "--reaso", "timeout"], "no option --reaso. Did you mean '--reason'"),

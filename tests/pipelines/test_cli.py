@@ -1,5 +1,6 @@
 """The command as a person meets it: help, misspelt words, folders that will not do, bad tables."""
 
+import io
 import os
 import re
 import socket
@@ -77,6 +78,25 @@ def test_help_of_a_recipe_has_a_line_and_a_default_for_every_option(declip, comm
         assert "(default: " in text, option.flag
     for flag in {"run": RUN_FLAGS}.get(command, ()):
         assert re.search(rf"^  {flag}( \S+)?(  +|\n {{20,}})\S", out, re.MULTILINE), flag
+
+
+def test_a_reader_that_goes_early_is_no_error(monkeypatch, capsys):
+    for arguments in (["run", "demo", "--help"], ["index", "--help"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stdout:
+            monkeypatch.setattr("sys.stdout", stdout)
+            assert cli.main(arguments) == 141
+            stdout.write("what is printed after that goes nowhere")
+        assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_lacks_a_letter_gets_its_number(monkeypatch, tmp_path):
+    (tmp_path / "list.csv").write_text("url,caption\nhttp://a/b.jpg,Grün\n", encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert cli.main(["sources", "show", str(tmp_path / "list.csv")]) == 0
+    assert b"Gr\\xfcn" in stdout.buffer.getvalue()
 
 
 def test_without_a_recipe_the_help_is_shown_and_the_status_is_wrong_usage(declip):

@@ -225,3 +225,17 @@ def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
     write_classification(tmp_path / "b", range(9), dataset="pets", pretrained="b")
     with pytest.raises(DeclipError, match="no task and dataset in common: A has mnist"):
         compare(*sides(tmp_path))
+
+
+def test_few_shot_probes_come_by_their_number_of_pictures(tmp_path: Path) -> None:
+    sides = []
+    for name in ("a", "b"):
+        for shots in (1, 4, 16):
+            more = {"fewshot_k": float(shots)}
+            write_classification(
+                tmp_path / name, range(30), pretrained=name, task="linear_probe", extra_metrics=more
+            )
+        sides.append(load_results([tmp_path / name]))
+    tasks = [item.task for item in compare(sides[0], sides[1], num_resamples=100).comparisons]
+    assert tasks == [f"Few-shot probe, {told} a class" for told in
+                     ("1 picture", "4 pictures", "16 pictures")]  # fmt: skip

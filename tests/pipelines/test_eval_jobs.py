@@ -26,6 +26,9 @@ def test_a_set_of_ones_own_is_a_folder_and_a_misspelt_name_is_told(tmp_path):
     assert dataset_names(options("mine", words=root)) == ["mine"]
     own = f"--dataset-root {tmp_path}/mine"
     assert dataset_names(options("mine", words=own)) == ["mine"]
+    (tmp_path / "mine" / "fine").mkdir()
+    configuration = f"--dataset-root {tmp_path}/mine/fine"
+    assert dataset_names(options("mine", words=configuration)) == ["mine"]
     pattern = f"--dataset-root {tmp_path}/{{dataset}}"
     assert plan_jobs(options("wds/mine", words=pattern))[0].info is None
     with pytest.raises(DeclipError, match=r"'cifer10'.*did you mean 'cifar10'"):

@@ -30,6 +30,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     write_colors(root / "colors", num_test=24, num_train=40)
     write_colors(root / "broken", num_test=24, num_train=40, broken=3)
+    write_pairs(root / "holes", broken=2)
     write_pairs(root / "pairs")
     write_multilabel(root / "multi")
     return root
@@ -128,7 +129,7 @@ def test_unreadable_pictures_are_refused_over_the_budget_and_wrong_within_it(sub
     with pytest.raises(DatasetError) as error:
         zeroshot_classification(subject("broken"))
     assert "3 of 24 pictures of broken (test) cannot be read, 12.50%" in str(error.value)
-    assert "'t0000'" in str(error.value)
+    assert "'t0000': it is no picture, or one cut off in its header. Fetch" in str(error.value)
     with pytest.raises(DatasetError, match="cannot be read"):
         linear_probe(subject("broken", probe=True))
     allowed = there(zeroshot_classification(subject("broken", "--unreadable-budget 0.2")))
@@ -138,6 +139,19 @@ def test_unreadable_pictures_are_refused_over_the_budget_and_wrong_within_it(sub
     num_right = [round(m.metrics["acc1"] * 24) for m in (clean, allowed)]
     lost = int((clean.outcomes[0].columns["rank"][:3] == 0).sum())
     assert num_right[1] == num_right[0] - lost
+
+
+def test_an_unreadable_picture_is_wrong_in_retrieval_and_the_others_are_told(subject):
+    with pytest.raises(DatasetError, match="2 of 12 pictures of holes"):
+        zeroshot_retrieval(subject("holes", "--recall-k 1"))
+    measured = there(zeroshot_retrieval(subject("holes", "--recall-k 1 --unreadable-budget 0.2")))
+    assert (measured.num_samples, len(measured.unreadable)) == (12, 2)
+    assert measured.settings["num_pictures_to_find"] == 10
+    outcomes = measured.outcomes[0]
+    rank_of = dict(zip(outcomes.keys, outcomes.columns["rank"].tolist(), strict=True))
+    # Of two captions the second is its picture's alone; the first one is other pictures', too.
+    assert [rank_of[key] for key in ("p0000", "p0001", "p0000#1", "p0001#1")] == [24, 24, 12, 12]
+    assert max(rank for key, rank in rank_of.items() if key > "p0002") < 10
 
 
 def test_other_ranks_take_their_part_and_return_nothing(subject):

@@ -137,11 +137,61 @@ def test_a_model_without_a_twin_is_taken_as_it_is(monkeypatch):
         list_pretrained_tags_by_model=lambda name: ["laion2b_s12b_b32k"],
         get_pretrained_cfg=lambda name, tag: {"hf_hub": "somewhere"},
         create_model=create_model,
+        get_tokenizer=lambda name: None,
     )
     monkeypatch.setattr(eval_open_clip, "_import_open_clip", lambda: stand_in)
     # Its configuration has quick_gelu, of which its tag says nothing.
     with pytest.raises(DeclipError, match="roberta-ViT-B-32 laion2b_s12b_b32k is fetched"):
         load_eval_model("open_clip:roberta-ViT-B-32/laion2b_s12b_b32k")
+
+
+def stand_in_of(model, tokenize):
+    """open_clip, as far as a folder's or a file's model needs it."""
+    model.visual.preprocess_cfg = {"size": 16, "interpolation": "random"}
+    return SimpleNamespace(
+        create_model=lambda name, pretrained: model, get_tokenizer=lambda name: tokenize
+    )
+
+
+def test_a_folders_model_of_other_towers_is_the_same_wherever_it_lies(monkeypatch, tmp_path):
+    towers = make_towers()
+    stand_in = stand_in_of(towers, towers.make_tokenizer())
+    monkeypatch.setattr(eval_open_clip, "_import_open_clip", lambda: stand_in)
+    found = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        content = {"model_cfg": {**CONFIG.to_open_clip(), "custom_text": True}}
+        (folder / "open_clip_config.json").write_text(json.dumps(content))
+        found.append(load_eval_model(f"open_clip:local-dir:{folder}"))
+        assert isinstance(found[-1], OpenClipModel)
+        assert found[-1].pretrained == str(folder)
+    assert found[0].digest == found[1].digest
+    assert found[0].name == "custom"
+    # Drawn at random in training; open_clip takes bicubic to evaluate.
+    assert found[0].preparation.interpolation == "bicubic"
+
+
+def test_a_tokenizer_that_cannot_be_had_and_weights_that_do_not_fit_are_told_apart(
+    monkeypatch, tiny, tmp_path
+):
+    tiny["custom_text"] = True
+    path = save(tmp_path / "epoch_3.pt", make_towers().state_dict())
+    stand_in = stand_in_of(make_towers(), None)
+
+    def no_tokenizer(name):
+        raise OSError("the Hub cannot be reached.\nCheck your connection.")
+
+    def no_weights(name, pretrained):
+        raise KeyError("Error(s) in loading:\n  Missing key(s): text.proj.")
+
+    monkeypatch.setattr(eval_open_clip, "_import_open_clip", lambda: stand_in)
+    stand_in.create_model = no_weights
+    with pytest.raises(DeclipError, match=r"cannot load 'tiny' .*; give weights of this"):
+        load_eval_model(f"open_clip:tiny/{path}")
+    stand_in.get_tokenizer = no_tokenizer
+    with pytest.raises(DeclipError, match=r"tokenizer of 'tiny': the Hub cannot be.*dir:"):
+        load_eval_model(f"open_clip:tiny/{path}")
 
 
 @pytest.mark.parametrize(

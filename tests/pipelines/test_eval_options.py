@@ -48,6 +48,7 @@ def test_what_has_no_use_here_is_refused_with_its_reason(name):
         ("--recall-k 5 5", "names one number twice"),
         ("--unreadable-budget 1", "from 0 to below 1"),
         ("--view-cache-gb -1", "give 0"),
+        ("--feature-cache-gb nan", "--feature-cache-gb is nan; give 0 (keep none) or more"),
         ("--task linear_probe --val-proportion 1.5", "between 0 and 1"),
         ("--task linear_probe --val-split a --val-proportion 0.2", "give one of them"),
         ("--num-ranks 2 --distributed", "give one of them"),

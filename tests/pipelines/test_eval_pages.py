@@ -210,3 +210,17 @@ def test_a_comparison_without_examples_or_tests_is_a_page_too(tmp_path: Path) ->
     checker = check(compare_page(compare(a, b), a, b))
     assert "not tested" in checker.text
     assert "img" not in checker.counts
+
+
+def test_few_shot_probes_of_several_sizes_make_a_curve(tmp_path: Path) -> None:
+    for shots, right in ((1, 20), (16, 40)):
+        more = {"fewshot_k": float(shots)}
+        write_classification(tmp_path, range(right), task="linear_probe", extra_metrics=more)
+    results = load_results([tmp_path])
+    page = table_page(results, task_tables(results))
+    check(page)
+    assert "Few-shot curves" in page
+    low, high = (f"{100 * right / 60:.1f}" for right in (20, 40))
+    assert f"ViT-T first from {low} to {high}" in page
+    alone = [stored for stored in results if stored.shots == 1]
+    assert "Few-shot curves" not in table_page(alone, task_tables(alone))

@@ -66,7 +66,13 @@ def test_what_a_number_follows_from_changes_the_digest(root, tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    "words", ["--num-ranks 3", "--num-workers 2", "--view-cache-gb 0", "--feature-root x --quiet"]
+    "words",
+    [
+        "--num-ranks 3",
+        "--num-workers 2",
+        "--view-cache-gb 0 --feature-cache-gb 0",
+        "--feature-root x --quiet",
+    ],
 )
 def test_what_changes_no_number_does_not_change_the_digest(root, tmp_path, words):
     assert make(root, tmp_path, words)[1].digest == make(root, tmp_path)[1].digest

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import tarfile
 import threading
 
 import pytest
@@ -108,6 +110,36 @@ def test_what_stands_and_fits_is_kept_and_what_does_not_is_computed_anew(run, tm
     assert num_encoded == 24 + 32, "another model is another cache"
     overwritten, _ = run(words + " --seed 1 --overwrite", trained)
     assert {status for *_, status in statuses(overwritten)} == {"done"}
+
+
+def test_a_swapped_picture_of_equal_size_is_seen(root, run, tmp_path):
+    shutil.copytree(root / "colors", tmp_path / "sets" / "colors")
+    words = f"--dataset colors --dataset-root {tmp_path / 'sets'}"
+    first, _ = run(words)
+    assert run(words)[0].entries[0].status == "kept"
+    tar = tmp_path / "sets" / "colors" / "test" / "0.tar"
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as opened:
+        member = opened.getmember("t0001.jpg")
+    at = member.offset_data + member.size // 2
+    tar.write_bytes(whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
+    second, num_encoded = run(words)
+    assert [entry.status for entry in second.entries] == ["done"]
+    assert num_encoded == 24
+    digests = [report.results[0].provenance.hashes["data"] for report in (first, second)]
+    assert digests[0] != digests[1]
+    tar.write_bytes(whole)
+    third, num_encoded = run(words)
+    assert (third.results, num_encoded) == (first.results, 0), "its features are there still"
+
+
+def test_features_beyond_the_limit_make_room_when_the_evaluation_is_over(run, tmp_path):
+    run("--dataset colors pairs")
+    sets = {path.parent for path in (tmp_path / "f").glob("*/chunk*.npz")}
+    assert len(sets) == 2
+    run("--dataset colors pairs --feature-cache-gb 0")
+    assert not list((tmp_path / "f").glob("*/*.npz"))
+    assert list((tmp_path / "f" / "views").iterdir())
 
 
 def test_few_shot_results_stand_beside_the_probe_and_have_no_outcomes_of_one_draw(run, tmp_path):

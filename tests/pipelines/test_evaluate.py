@@ -307,6 +307,7 @@ def test_only_the_asked_for_splits_are_tested_and_twice_gives_the_same_bytes(dat
         outcomes = read_outcomes(outcomes_path(path))
         assert metrics_of(outcomes, result.metrics) == pytest.approx(dict(result.metrics))
         assert result.provenance is not None
+        assert result.provenance.num_unreadable == 0
         assert set(result.provenance.intervals) == set(result.metrics)
         for low, high in result.provenance.intervals.values():
             assert f"{low:.4f} to {high:.4f}" in text

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from declip_filter.table_versions import table_figures
 from declip_shards import DeclipError, Store, layout, read_samples, sidecars
 from declip_shards.fakes import write_fake_dataset
 from declip_shards.neighbor_tables import description_path
@@ -84,6 +85,27 @@ def test_what_table_json_says_is_on_the_page(store):
     page = neighbors_page(store, read_table_facts(store, "captions", 2, 0))
     assert b"hashing:64" in page
     assert b"graph" in page
+
+
+def test_the_share_with_a_useful_neighbor_is_that_of_the_tables_own_score(store):
+    best = [row["scores"][0] for row in rows_of(store) if row["scores"]]
+    for score in (-1.0, 0.6, 0.9):
+        said = b'{"format_version": 1, "settings": {"useful_score": %g}}' % score
+        store.write_bytes(description_path("captions"), said)
+        facts = read_table_facts(store, "captions", 2, 0)
+        assert facts.num_useful == sum(one >= score for one in best)
+        assert facts.useful_score == table_figures(store, "captions").useful_score == score
+        share = f"{facts.num_useful} ({facts.num_useful / 24:.2%}) have one of {score:g} or more"
+        assert ("useful", share) in facts.figures()
+    assert 0 < facts.num_useful < facts.num_with
+    assert b"have one of 0.9 or more" in neighbors_page(store, facts)
+
+
+def test_a_table_made_for_other_shards_is_refused_by_file(store):
+    other = store.read_bytes(layout.neighbors_path("captions", "00002"))
+    store.write_bytes(layout.neighbors_path("captions", "00001"), other)
+    with pytest.raises(DeclipError, match=r"'neighbors/captions/00001.parquet' names the sample"):
+        read_table_facts(store, "captions", 5, 0)
 
 
 def test_a_table_without_any_neighbor_is_told(tmp_path):

@@ -1,8 +1,10 @@
 """``declip refresh``: what is told, listed and put into use."""
 
+import pyarrow as pa
 import pytest
 
-from declip_shards import DeclipError, Store, neighbor_tables
+from declip_shards import DeclipError, Store, layout, neighbor_tables, read_samples, sidecars
+from declip_shards.fakes import write_fake_dataset
 from declip_shards.manifest import canonical_json
 from pipelines.refresh import Outcome
 from pipelines.refresh_command import listing, main, summary
@@ -44,6 +46,18 @@ def test_tables_are_listed_oldest_first_with_a_mark_at_the_one_in_use(store, cap
         ["captions@bb", "by", "captions@bb", "-", "87.5%", "50.0%"],
         ["*", "captions@aa", "by", "captions@aa", "1500", "87.5%", "50.0%"],
     ]
+
+
+def test_the_list_tells_the_share_with_a_useful_neighbor_of_the_pipelines_table(tmp_path):
+    store = write_fake_dataset(str(tmp_path), num_shards=1, samples_per_shard=4)
+    keys = [sample.key for sample in read_samples(store, "00000")]
+    scores = [[0.9], [0.4], [], [0.5]]
+    columns = {"key": keys, "neighbor_keys": [keys[:1] * len(s) for s in scores], "scores": scores}
+    sidecars.write_table(store, layout.neighbors_path("captions", "00000"), pa.table(columns))
+    description = {"format_version": 1, "name": "captions", "encoder": "sentence:minilm"}
+    store.write_bytes(neighbor_tables.description_path("captions"), canonical_json(description))
+    row = listing(store, "captions").splitlines()[1].split()
+    assert row == ["*", "captions", "sentence:minilm", "-", "75.0%", "50.0%"]
 
 
 def test_the_pipelines_table_can_be_put_into_use_again(store):

@@ -308,11 +308,14 @@ def test_stages_carry_fingerprints_and_counts(finished, page):
     rows = re.findall(r"<tr>(.*?)</tr>", sections(page)["Stages"], re.DOTALL)[1:]
     cells = {found[0]: found[1:] for found in (re.findall(r">([^<]+)</td>", r) for r in rows)}
     assert set(cells) == set(pipeline_of(finished).names())
+    reads = {step.name: step.reads for step in pipeline_of(finished).steps}
+    names = list(cells)
+    assert all(names.index(read) < names.index(name) for name in names for read in reads[name])
     for name, found in cells.items():
         done = manifest.read_manifest(store, name)
         assert done is not None
         counts = [done.num_in, done.num_out, sum(done.reasons.values())]
-        assert found == [done.fingerprint[:12], *(f"{n:,}" for n in counts), "1.5"]
+        assert found == [done.fingerprint[:12], *(f"{n:,}" for n in counts), "1.50"]
 
 
 def test_each_drop_and_failure_reason_has_its_count(finished, page):

@@ -139,6 +139,19 @@ def test_an_encoder_that_cannot_read_the_query_or_has_changed_is_told(root, tmp_
         main(["captions", "x", "--out", root, *salted])
 
 
+def test_a_picture_that_an_encoder_refuses_in_its_own_words_is_told_as_the_option(root):
+    def refuse(images):
+        raise DeclipError("an image cannot be decoded: cut off.")
+
+    encoder = HashingEncoder(64)
+    encoder.encode_image = refuse
+    loaded = open_index(Store(root), "pictures")
+    with pytest.raises(
+        DeclipError, match=r"^--image cannot .*\(an image .*: cut off\); name a pict"
+    ):
+        query_vector(encoder, loaded, text=None, picture=b"cut")
+
+
 def test_an_empty_folder_has_no_index(tmp_path):
     with pytest.raises(DeclipError, match=r"There is none; run the index stage first"):
         main(["captions", "x", "--out", str(tmp_path)])

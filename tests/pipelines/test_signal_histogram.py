@@ -1,11 +1,12 @@
 """The histogram draws each bin once, as high as its count, and each threshold in its place."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
 from declip_eval.svg import NARROW, WIDE
-from pipelines.signal_histogram import ALL_OPACITY, Limit, binned_histogram
+from pipelines.signal_histogram import ALL_OPACITY, BOX_GAP, LEAST_WIDTH, Limit, binned_histogram
 
 
 def bars(drawing: str) -> list[tuple[float, float, float, str]]:
@@ -25,15 +26,36 @@ def wide(chart: str) -> str:
     return chart[chart.index('class="wide"') : chart.index('class="narrow"')]
 
 
-def test_bars_are_as_high_as_their_counts_and_of_one_width():
-    chart = binned_histogram([0, 1, 10, 100], [4, 0, 2], title="words")
+def test_bars_are_as_high_as_their_counts_and_as_wide_as_their_bins():
+    chart = binned_histogram([0, 1, 2, 4], [4, 0, 2], title="words")
     found = bars(wide(chart))
-    assert [told for *_, told in found] == ["0 to 1: 4", "10 to 100: 2"]
+    assert [told for *_, told in found] == ["0 to 1: 4", "2 to 4: 2"]
     assert found[0][2] == pytest.approx(2 * found[1][2], abs=0.2)
-    assert found[0][1] == pytest.approx(found[1][1], abs=0.2)
+    assert 2 * (found[0][1] + 1) == pytest.approx(found[1][1] + 1, abs=0.4)
     assert len(bars(chart)) == 2 * len(found), "drawn for one width only"
     assert f"0 0 {WIDE} " in chart
     assert f"0 0 {NARROW} " in chart
+
+
+def test_tails_stand_apart_and_the_axis_between_them_is_linear():
+    edges = [-500.0, 0, 1, 2, 3, 4, 900]
+    limits = [Limit("few <", 1.0), Limit("many >", 2.0), Limit("tail >", 450.0)]
+    chart = wide(binned_histogram(edges, [1, 5, 5, 5, 5, 1], title="words", limits=limits))
+    first, *inner, last = bars(chart)
+    assert first[0] + first[1] + BOX_GAP < inner[0][0] + 1
+    assert inner[-1][0] + inner[-1][1] + BOX_GAP < last[0] + 1
+    steps = [right[0] - left[0] for left, right in pairwise(inner)]
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
+    few, many, tail = lines(chart)
+    assert many - few == pytest.approx(steps[0], abs=0.2)
+    assert last[0] < tail < last[0] + last[1]
+    assert "from -500" in chart
+    assert "to 900" in chart
+
+
+def test_a_bin_too_narrow_to_be_seen_is_drawn_all_the_same():
+    found = bars(wide(binned_histogram([0, 1e-40, 1], [9, 1], title="share")))
+    assert all(width >= LEAST_WIDTH for _, width, *_ in found)
 
 
 def test_kept_samples_stand_in_front_of_all():

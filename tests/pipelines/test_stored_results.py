@@ -93,9 +93,51 @@ def test_two_checkpoints_whose_paths_end_alike_stay_two(tmp_path: Path) -> None:
     write_classification(tmp_path / "a", range(30), pretrained="/runs/a/export")
     write_classification(tmp_path / "b", range(9), pretrained="/runs/b/export")
     found = load_results([tmp_path / "a", tmp_path / "b"])
-    assert [s.model for s in found] == ["ViT-T /runs/a/export", "ViT-T /runs/b/export"]
+    assert [s.model for s in found] == ["ViT-T a/export", "ViT-T b/export"]
     assert load_results([tmp_path / "a"])[0].model == "ViT-T export"
     refuse_doubles(found)
+
+
+def test_a_runs_model_is_called_as_the_run(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        write_classification(tmp_path / run, range(30), pretrained=f"/runs/{run}/train/export")
+    found = load_results([tmp_path / "a", tmp_path / "b"])
+    assert [stored.model for stored in found] == ["ViT-T a", "ViT-T b"]
+
+
+def test_runs_that_call_other_weights_alike_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for run, right in (("x/run/eval", 30), ("y/run/eval", 31)):
+        weights = str(right) * 32
+        write_classification(tmp_path / run, range(right), hashes={"weights": weights})
+        write_classification(tmp_path / run, range(9), dataset="b", hashes={"weights": weights})
+    write_classification(tmp_path / "z", range(32), hashes={"weights": "32" * 32})
+    found = load_results([tmp_path / "x/run", tmp_path / "y/run", tmp_path / "z"])
+    refuse_doubles(found)
+    names = [f"ViT-T first of {end}" for end in ("x/run", "y/run", f"{tmp_path.name}/z")]
+    assert list(dict.fromkeys(stored.model for stored in found)) == names
+    assert only_model(found, names[1], "--model-a") == names[1]
+    two = load_results([tmp_path / "x/run", tmp_path / "z"])
+    assert {s.model for s in two} == {"ViT-T first of run", "ViT-T first of z"}
+    alone = load_results([tmp_path / "x/run"])
+    assert {s.model for s in alone} == {"ViT-T first"}
+
+
+def test_the_same_weights_in_two_folders_are_one_model_whose_results_must_agree(
+    tmp_path: Path,
+) -> None:
+    for run, right in (("a", 30), ("b", 31)):
+        write_classification(tmp_path / run, range(right), hashes={"weights": "0" * 64})
+    with pytest.raises(DeclipError, match="are both Zero-shot classification of 'ViT-T first' on"):
+        refuse_doubles(load_results([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_several_weights_of_one_name_in_one_folder_are_told_apart_by_their_hash(
+    tmp_path: Path,
+) -> None:
+    for dataset, weights in (("a", "12345678" * 8), ("b", "9abcdef0" * 8)):
+        write_classification(tmp_path, range(9), dataset=dataset, hashes={"weights": weights})
+    names = {stored.model for stored in load_results([tmp_path])}
+    assert names == {"ViT-T first of weights 12345678", "ViT-T first of weights 9abcdef0"}
 
 
 def test_two_results_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

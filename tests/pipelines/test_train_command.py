@@ -185,11 +185,28 @@ def test_a_run_of_other_settings_is_left_alone(tmp_path: Path) -> None:
     store.write_bytes(CONFIG, there.to_json())
     train_command.refuse_another_run(store, stage)
     other = dataclasses.replace(stage, peak_lr=2e-3, seed=5)
+    # One that never took a step is nothing to keep.
+    train_command.refuse_another_run(store, other)
+    store.write_bytes("train/log.jsonl", b"")
     with pytest.raises(DeclipError) as caught:
         train_command.refuse_another_run(store, other)
     assert "seed is 0 there and 5 here" in str(caught.value)
     assert "peak_lr is 0.0005 there and 0.002 here" in str(caught.value)
     assert "choose another --name or --out, or remove" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["train/checkpoints/abc/step_00000004/manifest.json", "train/export/open_clip_config.json"],
+)
+def test_a_run_has_begun_with_what_it_kept(tmp_path: Path, kept: str) -> None:
+    store, (stage, _) = Store(str(tmp_path)), stage_of()
+    store.write_bytes(CONFIG, stage.to_json())
+    other = dataclasses.replace(stage, seed=5)
+    train_command.refuse_another_run(store, other)
+    store.write_bytes(kept, b"")
+    with pytest.raises(DeclipError, match="holds a run of other settings"):
+        train_command.refuse_another_run(store, other)
 
 
 def test_resuming_means_the_newest_checkpoint(tmp_path: Path) -> None:

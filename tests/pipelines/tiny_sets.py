@@ -44,12 +44,17 @@ def write_colors(folder: Path, num_test: int = 24, num_train: int = 32, *, broke
         )
 
 
-def write_pairs(folder: Path, num: int = 12) -> None:
-    """A set to retrieve from: every picture has a caption of its own, and one of its color."""
+def write_pairs(folder: Path, num: int = 12, *, broken: int = 0) -> None:
+    """A set to retrieve from: every picture has a caption of its own, and one of its color; the
+    first ``broken`` pictures are none."""
     names = list(COLORS)
     items = [
-        (key, data, (f"{names[color]} circle", f"picture {key} is {names[color]}"))
-        for key, data, color in pictures(num, "p", seed=2)
+        (
+            key,
+            BROKEN if number < broken else data,
+            (f"{names[color]} circle", f"picture {key} is {names[color]}"),
+        )
+        for number, (key, data, color) in enumerate(pictures(num, "p", seed=2))
     ]
     write_webdataset(folder, items, kind="retrieval")
 

@@ -5,6 +5,7 @@ import http.server
 import io
 import tarfile
 import threading
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class _Server(http.server.ThreadingHTTPServer):
     folder: Path
     asked: list[tuple[str, int]]
     faults: dict[str, int]
+    lists: bool
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -60,11 +62,15 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def _answer(self, *, body):
         server = self.server
         assert isinstance(server, _Server)
-        path = server.folder / self.path.lstrip("/")
-        if not path.is_file():
+        path = server.folder / urllib.parse.unquote(self.path).strip("/")
+        if path.is_dir() and server.lists:
+            links = (f"{p.name}/" if p.is_dir() else p.name for p in sorted(path.iterdir()))
+            data = "".join(f'<a href="{link}">{link}</a>' for link in links).encode()
+        elif path.is_file():
+            data = path.read_bytes()
+        else:
             self.send_error(404)
             return
-        data = path.read_bytes()
         asked_for = path.name if body else f"HEAD {path.name}"
         if server.faults.get(asked_for, 0):
             server.faults[asked_for] -= 1
@@ -88,12 +94,12 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder):
+def served(folder, *, lists=False):
     """A server of ``folder`` on loopback: its address, and the server with ``asked``, a list of
     (name, bytes), and ``faults``, how many times a name (or ``HEAD name``) is answered by an
-    error."""
+    error. ``lists``: whether it has index pages of folders."""
     server = _Server(("127.0.0.1", 0), _Handler)
-    server.folder, server.asked, server.faults = folder, [], {}
+    server.folder, server.asked, server.faults, server.lists = folder, [], {}, lists
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:

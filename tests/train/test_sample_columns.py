@@ -84,10 +84,12 @@ def test_a_piece_comes_back(tmp_path):
 @given(data=st.data(), group=st.integers(1, 9))
 def test_neighbors_are_joined_as_a_dictionary_would(tmp_path_factory, data, group):
     keys = sorted(data.draw(KEYS.filter(len)))
-    pool = pool_of(tmp_path_factory.mktemp("c"), [piece(keys)], by_key=True)
+    spread = data.draw(st.permutations(keys))
+    tars = [spread[first : first + 2] for first in range(0, len(keys), 2)]
+    pool = pool_of(tmp_path_factory.mktemp("c"), [piece(own) for own in tars], by_key=True)
     rows = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))[: len(keys)])
     near = {k: data.draw(st.lists(st.sampled_from(keys), max_size=3)) for k in keys}
-    listed = data.draw(st.permutations(keys))[: data.draw(st.integers(0, len(keys)))]
+    listed = spread[: data.draw(st.integers(0, len(keys)))]
     tables = [
         (
             f"{first}.parquet",
@@ -117,6 +119,16 @@ def test_a_table_of_other_shards_is_named(tmp_path, row, what):
     tables = [("n/0.parquet", pa.Table.from_pylist([row]))]
     with pytest.raises(DeclipError, match=f"'n/0.parquet' names the {what}.* 'q', which no shard"):
         joined_neighbors(tables, pool, np.arange(2), 10)
+
+
+def test_a_file_of_another_tar_is_named(tmp_path):
+    pool = pool_of(tmp_path, [piece(["a", "b"]), piece(["c"])], by_key=True)
+    files = [
+        (f"n/{number}.parquet", pa.Table.from_pylist([{"key": key, "neighbor_keys": ["b"]}]))
+        for number, key in enumerate("cc")
+    ]
+    with pytest.raises(DeclipError, match=r"'n/0.parquet' names the sample 'c', which another"):
+        joined_neighbors(files, pool, np.arange(3), 10)
 
 
 def test_rows_are_found_and_missing_ones_told(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from declip_shards import DeclipError, Store, layout
 from declip_train import shard_listing
-from declip_train.shard_listing import file_identity, in_threads, own_pool, tar_location
+from declip_train.shard_listing import file_identities, in_threads, own_pool, tar_location
 
 if TYPE_CHECKING:
     from tests.train.training_data import write_training_data
@@ -32,12 +32,12 @@ def test_results_come_in_order_with_a_line_of_how_far_it_is(capfd, monkeypatch):
 
 def test_a_file_is_another_when_it_is_written_anew(tmp_path):
     store = Store(str(tmp_path))
-    assert file_identity(store, "a") is None
+    assert file_identities(store, ["a"]) == [None]
     store.write_bytes("a", b"same")
-    first = file_identity(store, "a")
-    assert file_identity(store, "a") == first
+    first = file_identities(store, ["a"])
+    assert file_identities(store, ["a"]) == first
     os.utime(tmp_path / "a", (1, 1))
-    assert file_identity(store, "a") != first
+    assert file_identities(store, ["a"]) != first
     assert tar_location(store, "a") == str(tmp_path / "a")
     assert tar_location(Store("memory://there"), "a") == "memory://there/a"
 

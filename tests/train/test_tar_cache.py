@@ -12,7 +12,7 @@ import pytest
 
 from declip_shards import DeclipError
 from declip_shards.store import TEMPORARY_MARK
-from declip_train import tar_cache
+from declip_train import network_tries, tar_cache
 from declip_train.tar_cache import TarFiles, fetch_tar, find_tar, is_remote
 from declip_train.tar_listing import walk_tar
 
@@ -36,7 +36,7 @@ def read(files, wanted):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_cache, "_SECONDS_BETWEEN_TRIES", 0.001)
+    monkeypatch.setattr(network_tries, "_SECONDS_BETWEEN_TRIES", 0.001)
     pairs = [write_pairs(tmp_path / f"w/{n}.tar", [f"{n}{k}" for k in "abc"], n) for n in range(2)]
     wanted = [place for n in range(2) for place in places(tmp_path / f"w/{n}.tar", n)]
     images = [image for some in pairs for image, _ in some.values()]

@@ -19,8 +19,6 @@ MEMORY = 10
 DECREASE_NEEDED = 1e-4
 """Share of the promised decrease a step must bring (Armijo)."""
 
-ROUNDING = 1e-7
-"""Relative noise of a loss that comes from float32 scores; a step this much up is no step up."""
 
 LARGEST_SHRINKING = 0.05
 """A refused step is cut to where a parabola has its minimum, but at most to this share."""
@@ -28,14 +26,25 @@ LARGEST_SHRINKING = 0.05
 SMALLEST_STEP = 1e-8
 """Share of a direction below which it leads nowhere."""
 
-PROGRESS = 1e-6
-"""Share by which a loss must have gone down since the last start for a new start to be worth it,
-and within `PATIENCE` evaluations for going on to be: less is lost in float32's noise."""
-
 PATIENCE = 50
+"""Evaluations within which a loss must have gone down by `Noise.progress` for going on."""
 
 SCALE_KNOWN = 0.5
 """A pair that differs no more from what the preconditioner says does not change its scale."""
+
+
+class Noise(NamedTuple):
+    """What of a loss is lost in the rounding of the scores that it comes from; relative."""
+
+    rounding: float
+    """A step this much up is no step up."""
+    progress: float
+    """By how much a loss must have gone down since the last start for a new start to be worth it,
+    and within `PATIENCE` evaluations for going on to be."""
+
+
+OF_FLOAT32 = Noise(rounding=1e-7, progress=1e-6)
+OF_FLOAT64 = Noise(rounding=1e-14, progress=1e-12)
 
 
 class Objective(Protocol):
@@ -64,7 +73,13 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    objective: Objective, start: Array, which: Array, *, max_iterations: int, xp: Any
+    objective: Objective,
+    start: Array,
+    which: Array,
+    *,
+    max_iterations: int,
+    xp: Any,
+    noise: Noise = OF_FLOAT32,
 ) -> Minimum:
     """Minimize every problem from its own start; one that is done costs nothing more.
 
@@ -78,11 +93,12 @@ def minimize(
         which: (m,) integers, the objective's numbers of these problems.
         max_iterations: evaluations a problem may take after the first.
         xp: the module, numpy or torch.
+        noise: of the losses.
     """
     points = xp.zeros_like(start)
     num_iterations = xp.zeros_like(which)
     converged = xp.zeros_like(which) > 0
-    descent = _Descent(objective, start, which, xp)
+    descent = _Descent(objective, start, which, xp, noise)
     for iteration in range(max_iterations + 1):
         descent.start_anew_where_stuck()
         descent.find_directions()
@@ -119,8 +135,10 @@ class _Descent:
         "idle",
     )
 
-    def __init__(self, objective: Objective, start: Array, which: Array, xp: Any) -> None:
-        self.objective, self.xp = objective, xp
+    def __init__(
+        self, objective: Objective, start: Array, which: Array, xp: Any, noise: Noise
+    ) -> None:
+        self.objective, self.xp, self.noise = objective, xp, noise
         self.which, self.points = which, start
         self.rows = xp.arange(len(which), device=which.device)
         self.losses, self.gradients, self.curvatures = objective.evaluate(start, which)
@@ -129,7 +147,7 @@ class _Descent:
         self.limits = self.steps * float("inf")
         """The loss below which a new start is worth it."""
         self.marks = self.losses
-        """The loss when it last went down by `PROGRESS`, and the evaluations since."""
+        """The loss when it last went down by the noise's `progress`, and the evaluations since."""
         self.idle = xp.zeros_like(which)
         self.pairs: list[tuple[Array, Array, Array]] = []
         """Steps, gradient changes and 1 over their products; 0 for a pair that must not count."""
@@ -142,7 +160,7 @@ class _Descent:
     def start_anew_where_stuck(self) -> None:
         stuck = (self.steps < SMALLEST_STEP) & (self.losses < self.limits)
         if bool(stuck.any()):
-            below = self.losses - PROGRESS * self.xp.abs(self.losses)
+            below = self.losses - self.noise.progress * self.xp.abs(self.losses)
             self.limits = self.xp.where(stuck, below, self.limits)
             self.steps = self.xp.where(stuck, 1.0, self.steps)
             self.pairs = [(s, y, self.xp.where(stuck, 0.0, r)) for s, y, r in self.pairs]
@@ -175,7 +193,7 @@ class _Descent:
         points = self.points + _spread(self.steps) * self.directions
         losses, gradients, curvatures = self.objective.evaluate(points, self.which)
         slopes = self.steps * _dot(self.gradients, self.directions)
-        allowed = DECREASE_NEEDED * slopes + ROUNDING * xp.abs(self.losses)
+        allowed = DECREASE_NEEDED * slopes + self.noise.rounding * xp.abs(self.losses)
         taken = losses <= self.losses + allowed
         self._remember(points - self.points, gradients - self.gradients, taken)
         # Of the parabola through the loss here, its slope, and the loss there; NaN counts as high.
@@ -188,7 +206,7 @@ class _Descent:
         self.losses = xp.where(taken, losses, self.losses)
         self.curvatures = xp.where(taken[:, None], curvatures, self.curvatures)
         self.steps = xp.where(taken, 1.0, shrunk)
-        lower = self.losses < self.marks - PROGRESS * xp.abs(self.marks)
+        lower = self.losses < self.marks - self.noise.progress * xp.abs(self.marks)
         self.marks = xp.where(lower, self.losses, self.marks)
         self.idle = xp.where(lower, 0, self.idle + 1)
 

@@ -73,13 +73,13 @@ def few_shot(
         test_labels: (num_test,) integers, all of them among the training labels.
         k: samples a class.
         seeds: one draw each; from two on the interval holds the spread between draws.
-        l2_strengths: as in `linear_probe`; more than one needs a validation set.
-        sweep: as in `linear_probe`; "clip" needs a validation set, and `l2_strengths` is then
+        l2_strengths: as in `fit_probe`; more than one needs a validation set.
+        sweep: as in `fit_probe`; "clip" needs a validation set, and `l2_strengths` is then
             left at its default.
         validation_features: (num_validation, dim), or None.
         validation_labels: its labels.
         confidence: of the intervals, 0 to 1, exclusive.
-        device: "cpu" or a torch device, as in `linear_probe`.
+        device: "cpu" or a torch device, as in `fit_probe`.
 
     Returns:
         Means, intervals and each seed's numbers. An interval joins the spread between draws
@@ -87,7 +87,7 @@ def few_shot(
         (Wilson, with as many trials as the variance of each sample's mean over seeds says).
 
     Raises:
-        ValueError: what `linear_probe` refuses, a class with fewer than `k` samples, equal seeds,
+        ValueError: what `fit_probe` refuses, a class with fewer than `k` samples, equal seeds,
             or several strengths without a validation set.
     """
     seeds = _check_seeds(seeds)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_eval.class_order import numbers_of_folders
+from declip_eval.content_hashes import SetFile
 from declip_eval.set_files import DatasetError, SetFolder
 from declip_eval.set_parts import IMAGE_EXTENSIONS, SplitParts
 from declip_eval.set_texts import CLASS_NAMES_FILE, parse_class_names
@@ -68,12 +69,12 @@ def read_bare_folders(folder: SetFolder, info: DatasetInfo | None = None) -> Spl
 def _read_classes(
     folder: SetFolder, path: str, split: str, classes: Sequence[str], info: DatasetInfo | None
 ) -> SplitParts | None:
-    sizes = {
-        name: size
-        for name, size in folder.find(path).items()
+    found = {
+        name: file
+        for name, file in folder.find(path).items()
         if "/" in name and _is_picture(name) and not name.startswith(".") and "/." not in name
     }
-    if not sizes:
+    if not found:
         return None
     own = folder.read_text(CLASS_NAMES_FILE)
     own_names = (
@@ -82,15 +83,17 @@ def _read_classes(
     number_of, names = numbers_of_folders(classes, info, own_names, folder.shown(path))
     if own_names is not None and len(own_names) == len(names):
         names = own_names
-    sizes = {key: size for key, size in sizes.items() if key.partition("/")[0] in number_of}
-    keys = list(sizes)
+    found = {key: file for key, file in found.items() if key.partition("/")[0] in number_of}
+    keys = list(found)
+    sizes = np.array([max(file.size, 0) for file in found.values()], np.int64)
+    marks = None if folder.is_local else [file.mark for file in found.values()]
     return SplitParts(
         kind="classification",
         keys=keys,
         labels=np.array([number_of[key.partition("/")[0]] for key in keys], np.int64),
         captions=None,
         label_names=names,
-        places=FolderPlaces(folder, path, keys, np.array(list(sizes.values()), np.int64)),
+        places=FolderPlaces(folder, path, keys, sizes, marks),
         layout="folders",
         split=split,
     )
@@ -109,14 +112,28 @@ class FolderPlaces:
     """Of the split in the folder; empty: the folder itself."""
     names: list[str] = field(repr=False)
     sizes: NDArray[np.int64] = field(repr=False)
+    marks: list[str | None] | None = field(default=None, repr=False)
+    """Of remote files, see `SetFolder.find`; None: they are of this machine."""
 
     def read(self, indices: Sequence[int]) -> list[bytes | str]:
         """Return the bytes of each picture, or why they cannot be had."""
-        prefix = f"{self.path}/" if self.path else ""
-        return self.folder.read_many([prefix + self.names[index] for index in indices])
+        return self.folder.read_many([self._inside(self.names[index]) for index in indices])
+
+    def _inside(self, name: str) -> str:
+        return f"{self.path}/{name}" if self.path else name
 
     def add_to(self, digest: hashlib._Hash) -> None:
         """Feed every name and size."""
         digest.update(f"folders {self.path} {len(self.names)} ".encode())
         digest.update(json.dumps(self.names).encode())
         digest.update(self.sizes.astype("<i8").tobytes())
+
+    def files(self) -> list[SetFile]:
+        """Return the pictures themselves."""
+        names = [self._inside(name) for name in self.names]
+        if self.marks is None:
+            return [SetFile(name, self.folder.full(name)) for name in names]
+        return [
+            SetFile(name, self.folder.shown(name), self.folder, mark)
+            for name, mark in zip(names, self.marks, strict=True)
+        ]

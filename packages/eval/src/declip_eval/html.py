@@ -258,6 +258,7 @@ def image(
     if not 1 <= quality <= 95:
         raise ValueError(f"quality is {quality}, but JPEG's goes from 1 to 95.")
     data, mime_type, (width, height) = _encode(source, max_side, quality)
+    alt = alt if alt.strip() else "a picture without a caption"
     uri = f"data:{mime_type};base64,{base64.b64encode(data).decode('ascii')}"
     return Markup(
         f'<img src="{uri}" alt="{escape(alt)}" width="{width}" height="{height}" loading="lazy">'
@@ -271,10 +272,13 @@ def pair_card(card: Card) -> Markup:
     badge = f'<span class="badge" title="{word}" aria-label="{word}">{sign}</span>' if sign else ""
     picture = f'<div class="picture">{card.image}</div>' if card.image is not None else ""
     note = f'<span class="note">{escape(card.note)}</span>' if card.note else ""
+    # Captions come in any script: each finds its own direction.
+    caption = f'<span class="caption" dir="auto">{escape(card.caption)}</span>'
+    if not card.caption.strip():
+        caption = '<span class="note">no caption</span>'
     return Markup(
         f'<div class="card {card.tone}">{picture}{badge}<div class="words">'
-        # Captions come in any script: each finds its own direction.
-        f'<span class="caption" dir="auto">{escape(card.caption)}</span>{note}</div></div>'
+        f"{caption}{note}</div></div>"
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
+from declip_eval.content_hashes import HashFiles, hash_files
 from declip_eval.folder_sets import read_bare_folders, read_folder_split
 from declip_eval.parquet_sets import read_parquet_split
 from declip_eval.set_checks import check_against
@@ -88,6 +89,8 @@ class LabelledSet:
 
     layout: Layout
     places: PicturePlaces = field(repr=False)
+    _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The digest, once it is known."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -115,17 +118,27 @@ class LabelledSet:
         """
         return self.places.read([int(index) for index in indices])
 
-    def digest(self) -> str:
-        """Return a sha256 (hex) of the data: it changes with any key, label or caption, and with
-        the place or size of any picture; not with the folder that the set lies in, and not with
-        names and templates, which change no picture's feature. The pictures' bytes are not read.
+    def digest(self, hash_files: HashFiles = hash_files) -> str:
+        """Return a sha256 (hex) of the data: it changes with any key, label or caption, with the
+        place of any picture and with any byte of the files that the pictures are read from; not
+        with the folder that the set lies in, and not with names and templates, which change no
+        picture's feature. A picture that cannot be read stands there as such.
+
+        The files are read through when this is called first; later calls tell the same.
+
+        Args:
+            hash_files: gives the files' hashes, such as from a record of those that were read
+                before.
         """
-        digest = hashlib.sha256(_framed([self.kind, self.keys, self.captions]))
-        if self.labels is not None:
-            digest.update(f"{self.labels.shape}".encode())
-            digest.update(self.labels.astype("<i8").tobytes())
-        self.places.add_to(digest)
-        return digest.hexdigest()
+        if not self._digests:
+            digest = hashlib.sha256(_framed([self.kind, self.keys, self.captions]))
+            if self.labels is not None:
+                digest.update(f"{self.labels.shape}".encode())
+                digest.update(self.labels.astype("<i8").tobytes())
+            self.places.add_to(digest)
+            digest.update(_framed(hash_files(self.places.files())))
+            self._digests.append(digest.hexdigest())
+        return self._digests[0]
 
     def prompts_digest(self) -> str:
         """Return a sha256 (hex) of the class names and templates."""
@@ -172,9 +185,9 @@ def open_labelled_set(
     """
     known = _spellings(name, info)
     splits = _split_spellings(split, info)
-    looked: list[str] = []
-    for folder in _folders(root, known, cache):
-        parts = _read_split(folder, splits, info)
+    looked: list[SetFolder] = []
+    for folder, is_own in _folders(root, known, cache):
+        parts = _read_split(folder, splits, info, is_own)
         if parts is not None:
             names, source = _class_names(folder, parts, known, info, class_names_file, language)
             templates = _templates(folder, parts, known, info, templates_file, language)
@@ -193,7 +206,7 @@ def open_labelled_set(
                 layout=parts.layout,
                 places=parts.places,
             )
-        looked.append(folder.root)
+        looked.append(folder)
     raise MissingDatasetError(_missing(name, split, splits, looked, info))
 
 
@@ -214,17 +227,22 @@ def _split_spellings(split: str, info: DatasetInfo | None) -> list[str]:
     return list(dict.fromkeys(splits))
 
 
-def _folders(root: str, known: Sequence[str], cache: str | None) -> Iterator[SetFolder]:
-    """The folders that may be the set's: named like it first, then the root itself."""
+def _folders(
+    root: str, known: Sequence[str], cache: str | None
+) -> Iterator[tuple[SetFolder, bool]]:
+    """The folders that may be the set's, named like it first, then the root itself; and of each
+    whether it can be no other set's."""
     if "{dataset" in root:
         roots = [
             root.replace("{dataset_cleaned}", each.replace("/", "-")).replace("{dataset}", each)
             for each in known
         ]
     else:
-        inside = _inside(SetFolder(root), known)
-        roots = [f"{root.rstrip('/')}/{spelling}" for spelling in inside] + [root]
-    yield from (SetFolder(each, cache) for each in dict.fromkeys(roots))
+        roots = [f"{root.rstrip('/')}/{each}" for each in _inside(SetFolder(root), known)] + [root]
+    names = {_plain(each) for each in known}
+    is_shared = "{dataset" not in root and _plain(root.rstrip("/").rpartition("/")[2]) not in names
+    for each in dict.fromkeys(roots):
+        yield SetFolder(each, cache), not (is_shared and each == root)
 
 
 def _inside(root: SetFolder, known: Sequence[str]) -> list[str]:
@@ -244,12 +262,12 @@ def _plain(name: str) -> str:
 
 
 def _read_split(
-    folder: SetFolder, splits: Sequence[str], info: DatasetInfo | None
+    folder: SetFolder, splits: Sequence[str], info: DatasetInfo | None, is_own: bool
 ) -> SplitParts | None:
     for split in splits:
         parts = (
             read_tar_split(folder, split)
-            or read_parquet_split(folder, split, info)
+            or read_parquet_split(folder, split, info, is_own=is_own)
             or read_folder_split(folder, split, info)
         )
         if parts is not None:
@@ -317,16 +335,22 @@ def _missing(
     name: str,
     split: str,
     splits: Sequence[str],
-    looked: Sequence[str],
+    looked: Sequence[SetFolder],
     info: DatasetInfo | None,
 ) -> str:
-    places = ", ".join(looked[:6]) + (f" and {len(looked) - 6} more" if len(looked) > 6 else "")
+    places = ", ".join(folder.root for folder in looked[:6])
+    places += f" and {len(looked) - 6} more" if len(looked) > 6 else ""
     how = (
         info.how_to_get
         if info is not None
         else "The table does not know it: put its folder there, with nshards.txt and tars, with "
         "one folder a class, or with parquet files."
     )
+    if not all(folder.is_listable for folder in looked):
+        how += (
+            " A web server shows no list of its files, so that of sets behind one only webdatasets "
+            "are found."
+        )
     tried = " or ".join(repr(each) for each in splits)
     return (
         f"The dataset {name!r} has no split {split!r} here: looked for {tried} in {places}. {how}"

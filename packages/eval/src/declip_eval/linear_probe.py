@@ -27,7 +27,6 @@ __all__ = [
     "MAX_ITERATIONS",
     "Probe",
     "fit_probe",
-    "linear_probe",
     "stratified_split",
 ]
 
@@ -37,7 +36,7 @@ class Probe:
     """A probe's numbers, and what they can be checked against."""
 
     metrics: dict[str, float]
-    """`lp_...` metrics as fractions of 1, and how they came about; see `linear_probe`."""
+    """`lp_...` metrics as fractions of 1, and how they came about; see `fit_probe`."""
     scores: FloatArray
     """(num_test, num_classes): the classifier's scores of the test set."""
     classes: IntArray
@@ -49,11 +48,20 @@ class Probe:
     validation_scores: dict[float, float]
     """Validation metric of each L2 strength that was tried, in that order."""
     converged: bool
-    """Whether the last fit met both of `logistic`'s rules; else it spent its iterations, or
-    rounding ended it."""
+    """Whether the last fit met both of `logistic`'s rules; else it spent its iterations, or even
+    float64's rounding ended it."""
 
 
-def linear_probe(
+class _Set(NamedTuple):
+    features: NDArray[Any]
+    targets: NDArray[Any]
+    """(num,) positions among the classes, or (num, num_classes) bool."""
+
+    def take(self, rows: IntArray) -> _Set:
+        return _Set(self.features[rows], self.targets[rows])
+
+
+def fit_probe(
     train_features: NDArray[Any],
     train_labels: NDArray[Any],
     test_features: NDArray[Any],
@@ -68,7 +76,8 @@ def linear_probe(
     device: str = "cpu",
     multilabel: bool = False,
     selection_metric: str | None = None,
-) -> dict[str, float]:
+    refit_on_validation: bool = True,
+) -> Probe:
     """Fit a linear classifier on frozen features and score it on the test set.
 
     The L2 strength is the one of best validation metric (of equal ones the largest, hence the
@@ -98,67 +107,19 @@ def linear_probe(
         selection_metric: the metric of the result that chooses the strength, without its `lp_`;
             by default `acc1`, or with `multilabel` `mean_average_precision_11`. Also
             `mean_acc1_acc5` (from 5 classes on) and `roc_auc` (of two).
+        refit_on_validation: whether a given validation set is trained on once the strength is
+            chosen; few-shot probes must not.
 
     Returns:
-        `lp_acc1`, `lp_acc5` (from 5 classes on) and `lp_mean_per_class_recall` as fractions of 1;
-        with `multilabel` `lp_mean_average_precision_11` and `lp_mean_average_precision`.
-        `l2_strength` chosen, `validation_acc1` at it (or the metric that chose; absent with one
-        strength), and `num_iterations` of the last fit, at most `MAX_ITERATIONS`; whether it
-        converged is in `fit_probe`'s result.
+        The classifier, its test scores, and its `metrics`: `lp_acc1`, `lp_acc5` (from 5 classes
+        on) and `lp_mean_per_class_recall` as fractions of 1; with `multilabel`
+        `lp_mean_average_precision_11` and `lp_mean_average_precision`. `l2_strength` chosen,
+        `validation_acc1` at it (or the metric that chose; absent with one strength), and
+        `num_iterations` of the last fit, at most `MAX_ITERATIONS`.
 
     Raises:
         ValueError: shapes that do not fit, NaN, one class only, a class of the test or validation
             set that the training set lacks, or a setting out of range.
-    """
-    return fit_probe(
-        train_features,
-        train_labels,
-        test_features,
-        test_labels,
-        seed=seed,
-        l2_strengths=l2_strengths,
-        validation_fraction=validation_fraction,
-        validation_features=validation_features,
-        validation_labels=validation_labels,
-        sweep=sweep,
-        device=device,
-        multilabel=multilabel,
-        selection_metric=selection_metric,
-    ).metrics
-
-
-class _Set(NamedTuple):
-    features: NDArray[Any]
-    targets: NDArray[Any]
-    """(num,) positions among the classes, or (num, num_classes) bool."""
-
-    def take(self, rows: IntArray) -> _Set:
-        return _Set(self.features[rows], self.targets[rows])
-
-
-def fit_probe(
-    train_features: NDArray[Any],
-    train_labels: NDArray[Any],
-    test_features: NDArray[Any],
-    test_labels: NDArray[Any],
-    *,
-    seed: int,
-    l2_strengths: Sequence[float] = CLIP_L2_STRENGTHS,
-    validation_fraction: float = 0.2,
-    validation_features: NDArray[Any] | None = None,
-    validation_labels: NDArray[Any] | None = None,
-    sweep: Literal["clip", "grid"] = "grid",
-    device: str = "cpu",
-    multilabel: bool = False,
-    selection_metric: str | None = None,
-    refit_on_validation: bool = True,
-) -> Probe:
-    """Do what `linear_probe` does, and return the classifier and the test scores as well.
-
-    Args:
-        refit_on_validation: whether a given validation set is trained on once the strength is
-            chosen; few-shot probes must not.
-        The others are `linear_probe`'s.
     """
     parts = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
     if (validation_features is None) != (validation_labels is None):

@@ -13,8 +13,9 @@ What makes it fast, changing nothing of the objective:
 * L-BFGS starts from the inverse of the Hessian that the features' covariance gives at the current
   confidence of the classifier, for any strength one division in the covariance's own axes.
 
-Passes in float32 bound what can be told apart: rows a million times as long as others, or features
-whose spreads differ by more than a million in turned axes, may end unconverged.
+Passes in float32 bound what can be told apart, as between rows of which one is a million times as
+long as others. Where that ends a descent, it goes on in float64 from there, at twice the cost and
+more; features for which even that is not enough, or 1,000 passes are not, end unconverged.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class LogisticProblem:
     What was fitted is kept: a new strength starts from the nearest one (by ratio).
 
     Args:
-        features: (num_rows, dim), any real dtype; kept as a centered float32 copy.
+        features: (num_rows, dim), any real dtype; kept, and beside them a centered float32 copy.
         targets: (num_rows,) class numbers, each of 0 to `num_classes` - 1 present, or
             (num_rows, num_classes) booleans for several labels a sample.
         num_classes: at least 2 (1 with booleans).
@@ -169,18 +170,17 @@ class LogisticProblem:
                 f"{LARGEST_FEATURE:.0g}, whose squares float32 can still sum: divide all features "
                 "by one number, or look whether the encoder diverged."
             )
+        self.given = features
         self.mean = np.asarray(features.mean(axis=0, dtype=np.float64))
-        self._points: dict[float, FloatArray] = {}
-        self._prepare(features, targets, num_threads)
-
-    def _prepare(
-        self, features: NDArray[Any], targets: NDArray[Any], num_threads: int | None
-    ) -> None:
-        """Make what the passes read; another device makes it there."""
-        self.features = centered(features, self.mean)
         self.labels = targets.astype(np.int64) if self.layout.is_softmax else None
         self.signs = None if self.layout.is_softmax else signs_of(targets)
         self.num_threads = num_threads or blas_threads()
+        self._points: dict[float, FloatArray] = {}
+        self._prepare(features)
+
+    def _prepare(self, features: NDArray[Any]) -> None:
+        """Make what the passes in float32 read; another device makes it there."""
+        self.features = centered(features, self.mean)
         with BlockThreads(1):
             self.values, self.vectors = covariance_axes(self.features)
 
@@ -198,6 +198,10 @@ class LogisticProblem:
     def _fit_together(self, strengths: Sequence[float]) -> dict[float, LogisticModel]:
         start = np.concatenate([self._start(strength) for strength in strengths])
         found = self._minimize(start, strengths)
+        if not found.converged.all():
+            from declip_eval.logistic_exact import finish
+
+            found = finish(self, found, strengths)
         groups = self.layout.num_groups
         models = {}
         for index, strength in enumerate(strengths):
@@ -254,6 +258,9 @@ class BlockThreads:
 class Passes:
     """The objective of some strengths' problems, evaluated in passes over the features."""
 
+    dtype: type[np.floating[Any]] = np.float32
+    """Of scores and residuals."""
+
     def __init__(
         self, problem: LogisticProblem, strengths: Sequence[float], threads: BlockThreads
     ) -> None:
@@ -262,7 +269,18 @@ class Passes:
         self.penalties = np.repeat(np.array(strengths, dtype=np.float64), groups)
         self.penalties /= problem.num_rows
         self.groups = np.tile(np.arange(groups), len(strengths))
-        self.vectors = problem.vectors.astype(np.float32)
+        self.mean = problem.mean
+        """What the rows of the passes are less."""
+        self.values, vectors = self.find_axes()
+        self.vectors = vectors.astype(self.dtype)
+
+    def find_axes(self) -> tuple[FloatArray, FloatArray]:
+        """Variances (dim,) of the features along axes (dim, dim)."""
+        return self.problem.values, self.problem.vectors
+
+    def rows(self, block: slice) -> NDArray[Any]:
+        """Centered features (rows, dim)."""
+        return self.problem.features[block]
 
     def evaluate(
         self, points: FloatArray, which: IntArray
@@ -271,7 +289,7 @@ class Passes:
         problem = self.problem
         starts = range(0, problem.num_rows, BLOCK_ROWS)
         parts = [starts[i::NUM_PARTS] for i in range(min(NUM_PARTS, len(starts)))]
-        weights = points.astype(np.float32)
+        weights = points.astype(self.dtype)
         groups = self.groups[which]
         sums = self.threads.map(lambda part: self._sum_blocks(weights, groups, part), parts)
         losses, gradients, curvatures = (
@@ -284,7 +302,7 @@ class Passes:
         return losses, gradients, curvatures
 
     def _sum_blocks(
-        self, points: NDArray[np.float32], groups: IntArray, starts: Sequence[int]
+        self, points: NDArray[Any], groups: IntArray, starts: Sequence[int]
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         problem = self.problem
         num, columns, size = points.shape
@@ -294,7 +312,7 @@ class Passes:
         gradients = np.zeros((num, columns, size))
         for start in starts:
             block = slice(start, start + BLOCK_ROWS)
-            rows = problem.features[block]
+            rows = self.rows(block)
             scores = weights @ rows.T
             scores += bias
             scores = scores.reshape(num, columns, len(rows))
@@ -315,11 +333,11 @@ class Passes:
         """Divide by curvature times variance plus penalty, along the covariance's axes."""
         num, columns, size = vectors.shape
         curvatures = np.maximum(curvatures, SMALLEST_CURVATURE)[:, :, None]
-        flat = vectors[:, :, :-1].astype(np.float32).reshape(num * columns, size - 1)
+        flat = vectors[:, :, :-1].astype(self.dtype).reshape(num * columns, size - 1)
         along = (flat @ self.vectors).reshape(num, columns, size - 1)
-        scaled = along / (curvatures * self.problem.values + self.penalties[which][:, None, None])
+        scaled = along / (curvatures * self.values + self.penalties[which][:, None, None])
         result = np.empty_like(vectors)
-        flat = scaled.astype(np.float32).reshape(num * columns, size - 1) @ self.vectors.T
+        flat = scaled.astype(self.dtype).reshape(num * columns, size - 1) @ self.vectors.T
         result[:, :, :-1] = flat.reshape(num, columns, size - 1)
         result[:, :, -1:] = vectors[:, :, -1:] / curvatures
         return result
@@ -329,7 +347,7 @@ class Passes:
     ) -> NDArray[np.bool_]:
         """scikit-learn's rule, on the gradient of the features as they came, and our own."""
         bias = gradients[:, :, -1:]
-        raw = np.abs(gradients[:, :, :-1] + bias * self.problem.mean).max((1, 2))
+        raw = np.abs(gradients[:, :, :-1] + bias * self.mean).max((1, 2))
         steepest = np.maximum(raw, np.abs(bias).max((1, 2)))
         needed = DECREASE_TOLERANCE * np.maximum(losses, SMALLEST_LOSS)
         return np.asarray((steepest <= GRADIENT_TOLERANCE) & (decreases <= needed))
@@ -355,8 +373,8 @@ def signs_of(targets: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def softmax_block(
-    scores: NDArray[np.float32], labels: IntArray
-) -> tuple[FloatArray, NDArray[np.float32], FloatArray]:
+    scores: NDArray[Any], labels: IntArray
+) -> tuple[FloatArray, NDArray[Any], FloatArray]:
     """Losses (m,) summed, residuals (m, classes, rows), and p (1 - p) summed (m, classes).
 
     Args:
@@ -376,8 +394,8 @@ def softmax_block(
 
 
 def sigmoid_block(
-    scores: NDArray[np.float32], signs: NDArray[np.float32]
-) -> tuple[FloatArray, NDArray[np.float32], FloatArray]:
+    scores: NDArray[Any], signs: NDArray[np.float32]
+) -> tuple[FloatArray, NDArray[Any], FloatArray]:
     """Losses (m,) summed, residuals (m, 1, rows), and p (1 - p) summed (m, 1).
 
     Args:

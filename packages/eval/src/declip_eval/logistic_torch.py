@@ -22,7 +22,6 @@ from declip_eval.logistic import (
     SMALLEST_LOSS,
     LogisticProblem,
     sample_rows,
-    signs_of,
 )
 from declip_eval.ranking import FloatArray
 
@@ -54,19 +53,16 @@ class TorchLogisticProblem(LogisticProblem):
         self.device = check_device(device)
         super().__init__(features, targets, num_classes=num_classes)
 
-    def _prepare(
-        self, features: NDArray[Any], targets: NDArray[Any], num_threads: int | None
-    ) -> None:
+    def _prepare(self, features: NDArray[Any]) -> None:
         import torch
 
-        del num_threads  # The device has its own.
         rows = torch.as_tensor(np.ascontiguousarray(features)).to(self.device)
         self.mean_tensor = torch.as_tensor(self.mean).to(self.device)
         self.rows = torch.empty(features.shape, dtype=torch.float32, device=self.device)
         for start in range(0, len(rows), 2**14):
             block = slice(start, start + 2**14)
             self.rows[block] = (rows[block].double() - self.mean_tensor).float()
-        of_classes = targets.astype(np.int64) if self.layout.is_softmax else signs_of(targets)
+        of_classes = self.signs if self.labels is None else self.labels
         self.targets = torch.as_tensor(of_classes).to(self.device)
         sample = self.rows[torch.as_tensor(sample_rows(*features.shape)).to(self.device)]
         lengths = sample.norm(dim=1)  # As in `logistic.covariance_axes`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from declip_eval.content_hashes import SetFile
 from declip_eval.parquet_columns import ColumnChoice, captions_of, choose_columns, labels_of
+from declip_eval.parquet_files import find_parquet_files
 from declip_eval.set_files import DatasetError, SetFolder
 from declip_eval.set_parts import SplitParts
 
@@ -20,30 +21,27 @@ if TYPE_CHECKING:
 
 __all__ = ["read_parquet_split"]
 
-_PLACES = ("", "data", "default", "plain_text", "main")
-"""Folders of a dataset in which its parquet files may lie, beside the split's own."""
-_PART = re.compile(r"-(\d+)-of-(\d+)")
 _SPLIT_COLUMN = "split"
 
 
 def read_parquet_split(
-    folder: SetFolder, split: str, info: DatasetInfo | None = None
+    folder: SetFolder, split: str, info: DatasetInfo | None = None, *, is_own: bool = True
 ) -> SplitParts | None:
-    """Read labels or captions of ROOT/SPLIT-*.parquet, ROOT/data/SPLIT-*.parquet or
-    ROOT/SPLIT/*.parquet; None where there are none.
+    """Read labels or captions of a split's parquet files; None where there are none.
+
+    Where they may lie is `parquet_files.find_parquet_files`'s to say, and what `is_own` means.
 
     Names of classes are those of the label column's ClassLabel. Where the files have a column
     `split` themselves, only the rows of this split are taken. Keys are those of a column `__key__`,
     else the number of the row.
 
     Raises:
-        DatasetError: a part of the files is missing, a file is damaged, or no columns of pictures
-            and labels can be made out.
+        DatasetError: a part of the files is missing, several configurations have the split, a file
+            is damaged, or no columns of pictures and labels can be made out.
     """
-    files = _files(folder, split)
+    files = find_parquet_files(folder, split, is_own=is_own)
     if not files:
         return None
-    _check_parts(files, folder)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -110,39 +108,6 @@ def _parts(
     )
 
 
-def _files(folder: SetFolder, split: str) -> list[str]:
-    """The files of a split, of the first place that has some."""
-    pattern = re.compile(rf"{re.escape(split)}(-.*)?\.parquet")
-    for place in (*_PLACES, split):
-        prefix = f"{place}/" if place else ""
-        found = [
-            prefix + name
-            for name in folder.names(place)[0]
-            if pattern.fullmatch(name) or (place == split and name.endswith(".parquet"))
-        ]
-        if found:
-            return found
-    return []
-
-
-def _check_parts(files: Sequence[str], folder: SetFolder) -> None:
-    """Names like test-00000-of-00003.parquet say how many there must be."""
-    found = [_PART.search(file) for file in files]
-    parts = [(int(match[1]), int(match[2])) for match in found if match]
-    if not parts:
-        return
-    totals = {total for _, total in parts}
-    numbers = sorted(number for number, _ in parts)
-    if len(totals) == 1 and len(parts) == len(files) and numbers == list(range(max(totals))):
-        return
-    missing = sorted(set(range(max(totals))) - set(numbers))
-    raise DatasetError(
-        f"{folder.shown(files[0])} is one of {max(totals)} parquet files, but "
-        + (f"part {missing[0]:05d} is not there" if missing else "there are other parts too")
-        + f" ({len(files)} files in all): fetch the dataset again, a part of it gives no number."
-    )
-
-
 def _rows(groups: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     """(n, 3): file, row group, row of the group."""
     blocks = [
@@ -173,8 +138,8 @@ def _of_split(table: Any, split: str, shown: str) -> NDArray[np.int64]:
 class ParquetPlaces:
     """Pictures in a column of parquet files of this machine."""
 
-    files: list[str]
-    """Relative to the dataset's folder."""
+    names: list[str]
+    """Of the files, relative to the dataset's folder."""
     paths: list[str]
     sizes: list[int]
     """Bytes of each file."""
@@ -200,7 +165,7 @@ class ParquetPlaces:
             if isinstance(pictures, str):
                 found[place] = pictures
                 continue
-            found[place] = _picture(pictures[row].as_py(), f"{self.files[file]}, row group {group}")
+            found[place] = _picture(pictures[row].as_py(), f"{self.names[file]}, row group {group}")
         return found
 
     def _group(self, file: int, group: int) -> Any:
@@ -221,8 +186,12 @@ class ParquetPlaces:
 
     def add_to(self, digest: hashlib._Hash) -> None:
         """Feed the files' names and sizes and every row."""
-        digest.update(f"parquet {self.files} {self.sizes} {self.column} {len(self.rows)} ".encode())
+        digest.update(f"parquet {self.names} {self.sizes} {self.column} {len(self.rows)} ".encode())
         digest.update(self.rows.astype("<i8").tobytes())
+
+    def files(self) -> list[SetFile]:
+        """Return the parquet files."""
+        return [SetFile(file, path) for file, path in zip(self.names, self.paths, strict=True)]
 
 
 def _picture(value: Any, where: str) -> bytes | str:

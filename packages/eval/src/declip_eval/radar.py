@@ -73,7 +73,8 @@ def radar_chart(
         longest = min(max(len(axis) for axis in axes), _LABEL) * CHARACTER
         radius = 190.0 if width == WIDE else max((width - 2 * longest) / 2 - 16, 70.0)
         middle, center = width / 2, radius + 34
-        yield str(2 * center)
+        lowest = max(_direction(number, len(axes))[1] for number in range(len(axes)))
+        yield str(center + radius * lowest + 34)
         yield from _spokes(axes, middle, center, radius, top_ticks, width == WIDE)
         for index, profile in enumerate(profiles):
             yield from _outline(profile, axes, index, middle, center, radius / top_ticks[-1])
@@ -118,7 +119,7 @@ def point_chart(
     def draw(width: int) -> Iterator[str]:
         is_wide = width == WIDE
         longest = max(len(row) for row in rows)
-        left = min(longest * CHARACTER + 16, 280.0) if is_wide else 6.0
+        left = min(longest * CHARACTER + 16, 340.0) if is_wide else 6.0
         head, step = 26.0, 15.0 * len(profiles) + (14 if is_wide else 30)
         bottom = head + step * len(rows)
         axis = Axis(low=ticks[0], high=ticks[-1], start=left + 8, end=width - 24)
@@ -263,7 +264,8 @@ def _point(
 ) -> Iterator[str]:
     value = profile.values[number]
     if value is None:
-        yield text_element(axis.start, y + 4, f"{clip(profile.name, 30)}: missing")
+        room = int((axis.end - axis.start) / CHARACTER) - len(": missing")
+        yield text_element(axis.start, y + 4, f"{clip(profile.name, room)}: missing")
         return
     interval = profile.intervals[number] if profile.intervals else None
     color, told = f"stroke:var(--s{index + 1})", short_number(value)

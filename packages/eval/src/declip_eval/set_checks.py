@@ -35,7 +35,8 @@ def check_against(info: DatasetInfo | None, labelled: LabelledSet) -> None:
             that the user gave as a file, in label order, only the number is looked at.
 
     Warns:
-        UserWarning: a training or validation split of another size than the table's.
+        UserWarning: a training or validation split of another size than the table's, or a name
+            twice in the user's file.
     """
     shown = f"{labelled.name} ({labelled.split})"
     if not len(labelled):
@@ -131,6 +132,22 @@ def _check_names(
             f"{shown} has {rows or num_classes} classes, but {len(names)} class names are given: "
             "give one line a class, in label order."
         )
+    if labelled.names_source == "file":
+        _warn_of_doubles(names, shown)
+
+
+def _warn_of_doubles(names: ClassNames, shown: str) -> None:
+    """Published lists have such names, too (ImageNet's sunglasses), so they are not refused."""
+    first: dict[tuple[str, ...], int] = {}
+    for row, of_class in enumerate(names):
+        if (other := first.setdefault(of_class, row)) != row:
+            warnings.warn(
+                f"{shown}: classes {other} and {row} are both called {of_class[0]!r} in the given "
+                "names: prompts cannot tell them apart, and equal scores count as wrong.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def _check_labels(
@@ -153,9 +170,10 @@ def _check_labels(
     if empty.size:
         row = int(empty[0])
         name = f" ({names[row][0]})" if names is not None else ""
+        more = f", and of {empty.size} classes in all" if empty.size > 1 else ""
         raise DatasetError(
-            f"{shown} has no picture of class {row}{name}, and of {empty.size} classes in all: "
-            "fetch the whole of it, or leave these classes out of its class names."
+            f"{shown} has no picture of class {row}{name}{more}: fetch the whole of it, or leave "
+            f"{'these classes' if more else 'it'} out of its class names."
         )
 
 

@@ -4,17 +4,18 @@ are not there."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["DatasetError", "MissingDatasetError", "SetFolder"]
+__all__ = ["DatasetError", "FoundFile", "MissingDatasetError", "SetFolder"]
 
 _HUB_PAGE = re.compile(r"^(https?://[^/]+/datasets/[^/]+/[^/]+)/(?:tree|blob|raw)/")
 _REFUSED = (401, 403, 404, 410)
@@ -23,6 +24,11 @@ _LOG = logging.getLogger(__name__)
 _COPY_BYTES = 8 << 20
 _FETCHES = 16
 """Remote files that are fetched side by side."""
+_MARK = re.compile(
+    r"etag|checksum|digest|crc(32c)?|md5(hash)?|sha256|content(hash|md5)|generation|versionid|blobid"
+    r"|lastcommit|created|updated|modified|modify|mtime|lastmodified|modificationtime"
+)
+"""What file systems call what changes with a file's content, in small letters alone."""
 
 
 class DatasetError(ValueError):
@@ -33,6 +39,16 @@ class DatasetError(ValueError):
 class MissingDatasetError(DatasetError):
     """A labelled set that is not there; the sentence says where it was looked for and how to get
     it."""
+
+
+class FoundFile(NamedTuple):
+    """What is known of a file that has not been read."""
+
+    size: int
+    """Bytes; -1 where the server does not say."""
+    mark: str | None
+    """Of a remote file: its size and all that its file system says and that changes with its
+    content (ETag, checksum, version, time); None where there is none but the size."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +148,22 @@ class SetFolder:
         Raises:
             DatasetError: the file cannot be asked for.
         """
+        found = self._look(path)
+        return None if found is None else found.size
+
+    def _look(self, path: str) -> FoundFile | None:
+        """What is known of a file; None where there is none.
+
+        Raises:
+            DatasetError: the file cannot be asked for.
+        """
         try:
             info = self._system.info(self.full(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:
             raise DatasetError(_unreadable(self.shown(path), error)) from error
-        if info.get("type") == "directory":
-            return None
-        size = info.get("size")
-        return -1 if size is None else int(size)
+        return None if info.get("type") == "directory" else _found(info)
 
     def names(self, path: str = "") -> tuple[list[str], list[str]]:
         """Return the names of the files and of the folders in a folder, each sorted; none where it
@@ -167,8 +189,9 @@ class SetFolder:
                 (folders if is_folder else files).append(name)
         return sorted(files), sorted(folders)
 
-    def find(self, path: str) -> dict[str, int]:
-        """Return every file below a folder: path relative to that folder -> size in bytes.
+    def find(self, path: str) -> dict[str, FoundFile]:
+        """Return every file below a folder: path relative to that folder -> what is known of it;
+        files of this machine have no mark.
 
         Raises:
             DatasetError: a folder cannot be listed.
@@ -182,8 +205,7 @@ class SetFolder:
         except Exception as error:
             raise DatasetError(_unreadable(self.shown(path), error)) from error
         return {
-            name[len(start) :].lstrip("/"): int(info.get("size") or 0)
-            for name, info in sorted(found.items())
+            name[len(start) :].lstrip("/"): _found(info) for name, info in sorted(found.items())
         }
 
     def read_many(self, paths: Sequence[str]) -> list[bytes | str]:
@@ -211,14 +233,14 @@ class SetFolder:
         """Return a path of this machine with the file's content.
 
         A local file is its own; a remote one is fetched whole into the cache first, and again
-        only where its size there differs.
+        only where its size there differs or its file system says that it has changed.
 
         Raises:
             DatasetError: the file is not there, cannot be fetched whole, or a remote set was
                 given no cache.
         """
-        size = self.size(path)
-        if size is None:
+        there = self._look(path)
+        if there is None:
             raise DatasetError(f"{self.shown(path)} is not there: fetch the dataset again.")
         if self.is_local:
             return self.full(path)
@@ -229,8 +251,11 @@ class SetFolder:
             )
         of_root = hashlib.sha256(self.root.rstrip("/").encode()).hexdigest()[:16]
         target = Path(self.cache) / "sets" / of_root / path
-        if not target.is_file() or (size >= 0 and target.stat().st_size != size):
-            self._fetch(path, size, target)
+        beside = target.with_name(f"{target.name}.source")
+        if not _is_copy(target, beside, there):
+            self._fetch(path, there.size, target)
+            # Behind the content: without it, or with an old one, the file is fetched again.
+            beside.write_text(there.mark or "", encoding="utf-8")
         return str(target)
 
     def _fetch(self, path: str, size: int, target: Path) -> None:
@@ -265,7 +290,31 @@ class SetFolder:
         )
 
 
-def _walk(start: str) -> Iterator[tuple[str, int]]:
+def _found(info: Mapping[str, Any]) -> FoundFile:
+    size = -1 if info.get("size") is None else int(info["size"])
+    marks = {
+        name: str(value)
+        for name, value in info.items()
+        if value is not None and _MARK.fullmatch(re.sub(r"[\W_]", "", str(name)).lower())
+    }
+    # A weak ETag may stay while bytes change (RFC 9110, 8.8.1).
+    marks = {name: value for name, value in marks.items() if not value.startswith("W/")}
+    text = json.dumps({"size": size, **marks}, sort_keys=True) if marks else None
+    return FoundFile(size, text)
+
+
+def _is_copy(target: Path, beside: Path, there: FoundFile) -> bool:
+    """Whether a file of the cache is the one that is there, by all that its server says."""
+    try:
+        size = target.stat().st_size
+        if there.size not in (-1, size):
+            return False
+        return there.mark is None or beside.read_text(encoding="utf-8") == there.mark
+    except OSError:
+        return False
+
+
+def _walk(start: str) -> Iterator[tuple[str, FoundFile]]:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -277,7 +326,7 @@ def _walk(start: str) -> Iterator[tuple[str, int]]:
             except OSError:
                 # Such as a link to nowhere: it is there, and reading it will say why it fails.
                 size = 0
-            yield (name if below == "." else f"{below}/{name}"), size
+            yield (name if below == "." else f"{below}/{name}"), FoundFile(size, None)
 
 
 def _unreadable(shown: str, error: Exception) -> str:

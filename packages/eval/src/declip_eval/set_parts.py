@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from declip_eval.content_hashes import SetFile
+
 __all__ = ["IMAGE_EXTENSIONS", "ClassNames", "Kind", "Layout", "PicturePlaces", "SplitParts"]
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -28,6 +30,10 @@ class PicturePlaces(Protocol):
 
     def add_to(self, digest: hashlib._Hash) -> None:
         """Feed each picture's place, relative to the dataset's folder, and its size."""
+        ...
+
+    def files(self) -> list[SetFile]:
+        """Return the files that the pictures are read from, in the order of the set."""
         ...
 
 

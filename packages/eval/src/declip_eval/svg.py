@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from declip_eval.html import Markup, escape
 
@@ -83,8 +86,18 @@ def rect_element(
 
 
 def clip(text: str, num_characters: int) -> str:
-    """Shorten text to so many characters, the last one then being an ellipsis."""
-    return text if len(text) <= num_characters else text[: max(num_characters - 1, 1)] + "…"
+    """Shorten text to the room of so many average characters, an ellipsis then being the last."""
+    ends = list(accumulate(map(_room, text)))
+    if not ends or ends[-1] <= num_characters:
+        return text
+    return text[: max(bisect_right(ends, num_characters - 1), 1)] + "…"
+
+
+def _room(character: str) -> float:
+    """Of a character, in average ones: widths are guessed, for the reader's fonts are unknown."""
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.9
+    return 1.7 if character in "MW" else 1.0
 
 
 def pixels(value: float) -> str:

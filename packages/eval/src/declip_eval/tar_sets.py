@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from declip_eval.content_hashes import SetFile
 from declip_eval.set_files import DatasetError, SetFolder
 from declip_eval.set_parts import ClassNames, Kind, SplitParts
 from declip_eval.set_texts import CLASS_NAMES_FILE, parse_class_names
@@ -120,6 +121,10 @@ class TarPlaces:
         """Feed the split's name and every row."""
         digest.update(f"tars {self.split} {len(self.rows)} ".encode())
         digest.update(self.rows.astype("<i8").tobytes())
+
+    def files(self) -> list[SetFile]:
+        """Return the tars."""
+        return [SetFile(f"{self.split}/{shard}.tar", path) for shard, path in enumerate(self.tars)]
 
 
 def _content(number: int, offset: int, size: int, path: str) -> bytes | str:

@@ -111,13 +111,20 @@ def read_part(store: Store, name: str, shard: str) -> Part:
     )
 
 
-def check_vectors(vectors: npt.NDArray[Any], dim: int, keys: Sequence[str], source: str) -> None:
+def check_vectors(
+    vectors: npt.NDArray[Any],
+    dim: int,
+    keys: Sequence[str],
+    source: str,
+    remedy: str = "delete it and rerun the stage that embeds",
+) -> None:
     """Refuse vectors of another shape, with NaN or infinity, or not of unit length.
 
     Args:
         vectors: (rows, dim) of any float type.
         keys: sample key of each row, for the message.
-        source: who made them, for the message.
+        source: who made them, or the file that holds them, for the message.
+        remedy: what helps. A file stays done for the runner until it is gone.
 
     Raises:
         DeclipError: names the first bad row.
@@ -125,7 +132,7 @@ def check_vectors(vectors: npt.NDArray[Any], dim: int, keys: Sequence[str], sour
     if vectors.shape != (len(keys), dim):
         raise DeclipError(
             f"{source} gave an array of shape {tuple(vectors.shape)} where ({len(keys)}, {dim}) "
-            "is due; it is of another model or shard: rerun the stage that embeds."
+            f"is due; it is of another model or shard: {remedy}."
         )
     norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
     bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))
@@ -133,7 +140,7 @@ def check_vectors(vectors: npt.NDArray[Any], dim: int, keys: Sequence[str], sour
         what = "not finite" if not np.isfinite(norms[bad[0]]) else f"of length {norms[bad[0]]:.4g}"
         raise DeclipError(
             f"{source}: the vector of sample {keys[bad[0]]!r} is {what}, where length 1 is due; "
-            "the encoder or the file is broken: mend the encoder or rerun the stage that embeds."
+            f"{remedy}."
         )
 
 

@@ -197,7 +197,8 @@ def embed_shard(
     keys = rows.column("key").to_pylist()
     vectors = {kind: array[is_good].astype(np.float16) for kind, array in found.items()}
     for array in vectors.values():
-        check_vectors(array, encoder.dim, keys, f"encoder {encoder.name!r}")
+        source, remedy = f"encoder {encoder.name!r}", "mend the encoder"
+        check_vectors(array, encoder.dim, keys, source, remedy)
     part = Part(
         shard=shard,
         partition=partition,

@@ -242,13 +242,13 @@ def _look(store: Store, name: str) -> _Step:
         for entry in pc.value_counts(batch.column("shard")).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     is_old = [part.shard in counts for part in parts]
-    same = all(counts[p.shard] == p.num_rows for p, old in zip(parts, is_old, strict=True) if old)
     old_parts = [part for part, old in zip(parts, is_old, strict=True) if old]
     digest = vectors_digest(store, embeddings, side, old_parts)
-    if not same or len(old_parts) != len(counts) or digest != info["embeddings_sha256"]:
+    changed = _what_changed(counts, parts)
+    if changed or digest != info["embeddings_sha256"]:
         raise DeclipError(
             f"the embeddings {embeddings!r} of shards that index {name!r} holds are others than "
-            f"when it was built: nothing can be appended; {REBUILD}."
+            f"when it was built{changed}: nothing can be appended; {REBUILD}."
         )
     starts = vectors.starts
     kept = [
@@ -263,6 +263,15 @@ def _look(store: Store, name: str) -> _Step:
         is_new=[not old and part.num_rows > 0 for part, old in zip(parts, is_old, strict=True)],
         new_rows=np.concatenate([np.empty(0, np.int64), *kept]),
     )
+
+
+def _what_changed(counts: Mapping[str, int], parts: Sequence[Part]) -> str:
+    """The first shard of another number of rows than the index holds of it, in brackets."""
+    now = {part.shard: part.num_rows for part in parts}
+    for shard, count in sorted(counts.items()):
+        if now.get(shard, 0) != count:
+            return f" (shard {shard}: {count} rows then, {now.get(shard, 0)} now)"
+    return ""
 
 
 def _grow(step: _Step, old: Path, target: Path, max_nprobe: int | None) -> tuple[Built, int]:

@@ -239,8 +239,8 @@ def read_info(store: Store, name: str) -> dict[str, Any]:
         raise DeclipError(f"{path!r} is damaged ({error}); {REMEDY}") from error
     if newest > FORMAT_VERSION:
         raise DeclipError(
-            f"index {name!r} is of format {newest}, this version reads up to {FORMAT_VERSION}; "
-            "upgrade opendeclip."
+            f"{path!r} is of format {newest}, this version reads up to {FORMAT_VERSION}; upgrade "
+            "opendeclip, or delete the index's folder and rerun the stage that indexes."
         )
     missing = [entry for entry in REQUIRED if entry not in info]
     if missing:

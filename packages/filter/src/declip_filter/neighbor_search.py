@@ -177,6 +177,7 @@ def score_pairs(table: TableRows, queries: Ids, candidates: Ids) -> Scores:
             row, column = (int(axis[0]) for axis in np.nonzero(~np.isfinite(block)))
             asked_is_bad = not np.isfinite(asked[row]).all()
             bad = queries[start + row] if asked_is_bad else max(here[row, column], 0)
+            table.vectors.check_part(int(np.searchsorted(table.vectors.starts, bad, "right")) - 1)
             raise DeclipError(
                 f"embeddings {table.vectors.name!r}: the vector of sample "
                 f"{str(table.keys[int(bad)])!r} is not finite; rerun the stage that embeds."

@@ -336,7 +336,10 @@ def warnings(rules: Sequence[dict[str, Any]], num_samples: int, kept: int) -> li
     ]
     idle = [rule["reason"] for rule in rules if num_samples and not rule["alone"]]
     if idle:
-        names = ", ".join(dict.fromkeys(idle))
+        names = ", ".join(
+            f"{reason} ({num} rules)" if num > 1 else reason
+            for reason, num in Counter(idle).items()
+        )
         found.append(
             f"{len(idle)} of {len(rules)} rules drop nothing of {num_samples} samples: {names}."
         )

@@ -162,8 +162,8 @@ class StoredVectors:
         if array.shape != (part.num_rows, part.dim) or array.dtype != np.float16:
             raise DeclipError(
                 f"{path!r} holds {array.dtype} of shape {array.shape} where float16 "
-                f"({part.num_rows}, {part.dim}) is due; it is of another model or shard: rerun the "
-                "stage that embeds."
+                f"({part.num_rows}, {part.dim}) is due; it is of another model or shard: delete it "
+                "and rerun the stage that embeds."
             )
         self._cache[path] = array
         return array

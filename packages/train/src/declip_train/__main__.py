@@ -13,12 +13,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from declip_shards import DeclipError
 from declip_shards.allocator import keep_freed_memory
-from declip_shards.store import Store
+from declip_train.dataset_files import output_folder
 from declip_train.heart import BOARD_VARIABLE, join_board
 from declip_train.launch import Place, launch, prepare_environment
 from declip_train.settings import TrainSettings, read_settings
@@ -83,7 +82,7 @@ def _train_here(settings: TrainSettings, quiet: bool) -> int:
     stop.is_saving = lambda: heart.phase == "save"
     watch = None
     if BOARD_VARIABLE not in os.environ:
-        folder = Path(Store(settings.root).local_path("train"))
+        folder = output_folder(settings.root) / "train"
         watch = RankWatch.start(heart, settings, folder)
     use_extension = prepare_environment(settings)
     # DeepSpeed reads the environment when it is imported, and announces itself at length.

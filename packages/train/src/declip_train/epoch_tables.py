@@ -15,8 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from declip_shards import DeclipError, Store, layout, neighbor_tables
+from declip_shards import DeclipError, layout, neighbor_tables
 from declip_shards.neighbor_tables import TableVersion
+from declip_train.dataset_files import open_dataset, output_folder
 from declip_train.distributed import rank, world_size
 from declip_train.samples import (
     TrainingSamples,
@@ -29,7 +30,7 @@ from declip_train.settings import TrainSettings
 from declip_train.tables_in_use import hold_tables
 
 FOLDER = "train"
-"""Of the dataset: where a run writes."""
+"""Of the run's folder: where it writes."""
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -68,7 +69,8 @@ class EpochTables:
             raise ValueError("the samples were listed without a neighbor table")
         self.settings, self.run, self._say = settings, run, say
         self._own = samples.table
-        self._store = Store(settings.root)
+        self._store = open_dataset(settings.dataset)
+        self._notes = output_folder(settings.root) / FOLDER
         self._changed = threading.Condition()
         self._decided: dict[int, TableVersion] = {}
         self._known_changes: dict[int, int] = {}
@@ -126,7 +128,7 @@ class EpochTables:
 
     def _noted(self, choose: Callable[[], TableVersion | None]) -> TableVersion | None:
         """What is chosen, noted before anybody hears of it: a refresh may not remove it then."""
-        with hold_tables(self._store.local_path(FOLDER)) as tables:
+        with hold_tables(self._notes) as tables:
             version = choose()
             reading = [v for epoch, v in self._decided.items() if epoch >= self._begun]
             wanted = [self._own, self._last, *reading, *([version] if version else [])]

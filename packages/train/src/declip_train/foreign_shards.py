@@ -41,7 +41,7 @@ from declip_train.sample_columns import (
     pool_columns,
 )
 from declip_train.shard_listing import in_threads
-from declip_train.tar_cache import TarSource, fetch_tar, find_tar, is_remote
+from declip_train.tar_cache import TarSource, find_tar, is_remote, open_fetched
 from declip_train.tar_listing import TarMember, walk_tar
 
 __all__ = ["ForeignPool", "data_entries", "expand_braces", "foreign_pool"]
@@ -278,10 +278,10 @@ def _scanned(source: TarSource, beside: _Beside, base: Path, room: float) -> Col
     """The list of one tar, from the cache where it was read before."""
 
     def build() -> tuple[dict[str, Chunks], dict[str, Any]]:
-        path = source.url
-        if is_remote(path):
-            path = str(fetch_tar(source, base, room))
-        return _scan(path, source.url, beside)
+        if not is_remote(source.url):
+            return _scan(source.url, source.url, beside)
+        with open_fetched(source, base, room) as file:
+            return _scan(f"/dev/fd/{file.fileno()}", source.url, beside)
 
     key = digest_of("scan", source.identity(), beside.identity, bool(beside.table))
     return cached_columns(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import declip_shards
 from declip_shards import DeclipError
-from declip_shards.store import Store
+from declip_train.dataset_files import output_folder
 from declip_train.extension import ensure_built, extensions_folder, sweep_shared_memory
 from declip_train.heart import BOARD_VARIABLE, Board, board_folder, sweep_boards
 from declip_train.monitor import SECONDS_BETWEEN_LINES, read_last_record, summary_line
@@ -324,7 +324,7 @@ def say_restart(error: RunEndedError, left: int, where: str = "") -> None:
 def _run_here(part: _Part, wish: StopWish) -> None:
     """Start this machine's processes and wait for them."""
     settings, place = part.settings, part.place
-    folder = Store(settings.root).local_path("train")
+    folder = output_folder(settings.root) / "train"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **training_environment(settings, place)}
     environment["PYTHONPATH"] = import_path()

@@ -16,9 +16,10 @@ import torch.distributed as dist
 import declip_train
 from declip_shards import DeclipError
 from declip_shards.manifest import canonical_json
-from declip_shards.store import Store, atomic_write
+from declip_shards.store import atomic_write
 from declip_train.checkpoint import Checkpoints, file_digest, tag_of
 from declip_train.checkpoint_export import exact_module, export_model
+from declip_train.dataset_files import output_folder
 from declip_train.engine import StepRecord, TrainEngine
 from declip_train.epoch_tables import EpochTables
 from declip_train.export import Scalar
@@ -113,7 +114,7 @@ def hold_folder(folder: Path) -> BinaryIO | None:
 def prepare(settings: TrainSettings) -> Run:
     """Read the samples, build the model, open the folder of checkpoints."""
     require_wandb(settings)
-    folder = Store(settings.root).local_path(FOLDER)
+    folder = output_folder(settings.root) / FOLDER
     lock = hold_folder(folder)
     samples = training_samples(settings)
     identity = run_identity(settings, samples)
@@ -325,7 +326,7 @@ def step_numbers(run: Run, batch: Batch, record: StepRecord, step: int) -> dict[
 def export(settings: TrainSettings, engine: TrainEngine, run: Run, step: int) -> None:
     """Write the trained model, then the mark that names its bytes."""
     identity = run.identity
-    root = Path(Store(settings.root).local_path("."))
+    root = output_folder(settings.root)
     module = engine.module
     if settings.precision in ("bf16", "fp16"):
         # What was trained are the optimizer's float32 weights; the module has a rounded copy.

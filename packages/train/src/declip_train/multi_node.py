@@ -34,7 +34,7 @@ from typing import Any
 
 import declip_shards
 from declip_shards import DeclipError
-from declip_shards.store import Store
+from declip_train.dataset_files import output_folder
 from declip_train.heart import BOARD_VARIABLE
 from declip_train.launch import (
     ERROR_MARK,
@@ -398,7 +398,7 @@ def run_on_hosts(
             "them equal."
         )
     place = str(Path(config).resolve())
-    folder = Path(Store(settings.root).local_path("train"))
+    folder = output_folder(settings.root) / "train"
     folder.mkdir(parents=True, exist_ok=True)
     answers = check_hosts(hosts, place, folder)
     address, port = _meeting_point(hosts, answers)

@@ -183,6 +183,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             )
     except (RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own words advise to load it with its code: not from a stranger.
+            reason = "it is no file of tensors, or holds more than tensors, which is not loaded"
         if "TorchScript" in str(error):
             raise DeclipError(
                 f"{str(path)!r} is a TorchScript archive, which is a program and is not run; save "

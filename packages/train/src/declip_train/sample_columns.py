@@ -286,7 +286,8 @@ def joined_neighbors(
     """Neighbor tables' keys as rows of the pool, for the samples of ``rows``.
 
     Args:
-        lists: (path, table with ``key`` and ``neighbor_keys``) of each shard.
+        lists: (path, table with ``key`` and ``neighbor_keys``) of each shard, in the order of the
+            pool's tars.
         pool: where all keys must be found.
         rows: ascending rows of the pool, one a sample.
         group: neighbors to look up together.
@@ -295,22 +296,22 @@ def joined_neighbors(
         ``starts`` and ``rows`` of :class:`NeighborColumns`.
 
     Raises:
-        DeclipError: a table names a key that the pool does not hold.
+        DeclipError: a table names a key that the pool does not hold, or samples of another tar.
     """
     finder = RowFinder(pool.keys)
     counts = np.zeros(len(rows) + 1, np.int64)
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]] = []
-    pending: list[tuple[str, pa.Table]] = []
+    pending: list[tuple[int, str, pa.Table]] = []
     size = 0
 
     def look_up() -> None:
-        for samples, lengths, near in _found_rows(pending, finder, rows):
+        for samples, lengths, near in _found_rows(pending, finder, rows, pool.tars):
             counts[samples + 1] = lengths
             found.append((samples, lengths, near))
         pending.clear()
 
-    for path, table in lists:
-        pending.append((path, table))
+    for tar, (path, table) in enumerate(lists):
+        pending.append((tar, path, table))
         size += len(pc.list_flatten(table.column("neighbor_keys"))) + table.num_rows
         if size >= group:
             look_up()
@@ -329,18 +330,21 @@ def joined_neighbors(
 
 
 def _found_rows(
-    tables: Sequence[tuple[str, pa.Table]], finder: RowFinder, rows: NDArray[np.int64]
+    tables: Sequence[tuple[int, str, pa.Table]],
+    finder: RowFinder,
+    rows: NDArray[np.int64],
+    tars: NDArray[np.int32],
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]]:
     """(sample, number of neighbors, their rows) of the wanted rows of some tables."""
     columns: list[pa.Array] = []
-    for _, table in tables:
+    for _, _, table in tables:
         lists = table.column("neighbor_keys").combine_chunks()
         columns += [_text(table.column("key")), _text(pc.list_flatten(lists))]
     if not columns:
         return
     all_found = finder(pa.chunked_array(columns, pa.large_string()))
     first = 0
-    for (path, table), own, near in zip(tables, columns[::2], columns[1::2], strict=True):
+    for (tar, path, table), own, near in zip(tables, columns[::2], columns[1::2], strict=True):
         own_rows = all_found[first : first + len(own)]
         near_rows = all_found[first + len(own) : first + len(own) + len(near)]
         first += len(own) + len(near)
@@ -351,6 +355,13 @@ def _found_rows(
                     f"{path!r} names the {what} {names[int(unknown[0])].as_py()!r}, which no "
                     "shard holds: the table is of other shards; rerun the neighbors step."
                 )
+        # Keys alone do not tell a file from its neighbor's: those of another tar are known, too.
+        strange = np.flatnonzero(tars[own_rows] != tar)
+        if strange.size:
+            raise DeclipError(
+                f"{path!r} names the sample {own[int(strange[0])].as_py()!r}, which another shard "
+                "holds: the file is of that shard; delete it and rerun the neighbors step."
+            )
         lengths = pc.fill_null(pc.list_value_length(table.column("neighbor_keys")), 0)
         counts = np.asarray(lengths.combine_chunks(), np.int64)
         places = np.searchsorted(rows, own_rows)

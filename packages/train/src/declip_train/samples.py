@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from declip_shards import DeclipError, Store, layout, neighbor_tables, sidecars
 from declip_shards.neighbor_tables import TableVersion
 from declip_train.column_files import Chunks, cache_base, cached_columns, digest_of
+from declip_train.dataset_files import finished_shards, open_dataset
 from declip_train.foreign_shards import data_entries, foreign_pool
 from declip_train.mixtures import epoch_length, parse_weights
 from declip_train.sample_columns import (
@@ -26,7 +27,7 @@ from declip_train.sample_columns import (
 )
 from declip_train.sample_set import TrainingSamples
 from declip_train.settings import TrainSettings
-from declip_train.shard_listing import file_identity, own_pool
+from declip_train.shard_listing import file_identities, own_pool
 from declip_train.stored_features import join_stored_features
 from declip_train.tar_cache import TarFiles
 
@@ -97,16 +98,16 @@ def _is_in(pool: SamplePool, rows: NDArray[np.int64], keys: pa.ChunkedArray) -> 
 
 def _check_selection(store: Store, shards: Sequence[str], selection: str) -> list[Any]:
     """What the selection is, going by its files."""
-    identities = []
-    for shard in shards if selection else ():
-        path = layout.selection_path(selection, shard)
-        identity = file_identity(store, path)
+    if not selection:
+        return []
+    paths = [layout.selection_path(selection, shard) for shard in shards]
+    identities = file_identities(store, paths)
+    for shard, path, identity in zip(shards, paths, identities, strict=True):
         if identity is None:
             raise DeclipError(
                 f"{path!r} is missing: the selection {selection!r} does not cover shard {shard}; "
                 "run the filter step, or name another selection (empty: every sample)."
             )
-        identities.append(identity)
     return identities
 
 
@@ -120,7 +121,7 @@ def _with_neighbors(
 ) -> TrainingSamples:
     """The samples with the neighbors of a table."""
     paths = [layout.neighbors_path(version.folder, shard) for shard in shards]
-    identities = [file_identity(store, path) for path in paths]
+    identities = file_identities(store, paths)
 
     def build() -> tuple[Mapping[str, Chunks], Mapping[str, Any]]:
         lists = (
@@ -148,7 +149,13 @@ def _with_stored(
     """The samples with stored vectors of their neighbors."""
     assert samples.near is not None
     stored, of_pool = join_stored_features(
-        store, name, dim=dim, pool=samples.pool, base=base, key=samples.pool_key
+        store,
+        name,
+        dim=dim,
+        pool=samples.pool,
+        tars=samples.tars,
+        base=base,
+        key=samples.pool_key,
     )
     for first in range(0, len(samples.near.rows), 1 << 20):
         rows = samples.near.rows[first : first + (1 << 20)]
@@ -174,7 +181,7 @@ def training_samples(settings: TrainSettings) -> TrainingSamples:
     if settings.train_data:
         return _foreign_samples(settings)
     return load_samples(
-        settings.root,
+        settings.dataset,
         selection=settings.selection,
         splits=settings.splits,
         neighbors=settings.neighbors if settings.uses_index else None,
@@ -260,7 +267,7 @@ def with_table(
         DeclipError: a file of the table is missing, damaged, of another table or of other shards;
             or its stored vectors are missing or of another size.
     """
-    store, base = Store(settings.root), cache_base(settings.cache)
+    store, base = open_dataset(settings.dataset), cache_base(settings.cache)
     shards = samples.pool.meta["shards"]
     found = _with_neighbors(samples, store, shards, version, base, samples.choice_key)
     if uses_stored(settings):
@@ -318,10 +325,8 @@ def load_samples(
         DeclipError: a folder or table is missing, nothing is selected, tables disagree, or stored
             features are of another size.
     """
-    store, base = Store(root), cache_base(cache)
-    shards = layout.list_shards(store)
-    if not shards:
-        raise DeclipError(f"{root!r} holds no finished shard; run ingest, or correct the folder.")
+    store, base = open_dataset(root), cache_base(cache)
+    shards = finished_shards(store)
     room = cache_gigabytes * _GIGABYTE
     pool_key, pool, sources = own_pool(store, shards, base, room)
     identities = _check_selection(store, shards, selection)

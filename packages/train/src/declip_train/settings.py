@@ -29,7 +29,11 @@ class TrainSettings:
     """A training run: data, model, method, views, optimizer, processes, records."""
 
     root: str = field(default="", metadata=_UNHASHED)
-    """Dataset folder; in a configuration file, relative to that file's folder."""
+    """Folder that the run writes into, and the dataset's own where data_root names no other; in a
+    configuration file, relative to that file's folder."""
+    data_root: str | None = field(default=None, metadata=_UNHASHED)
+    """Dataset to train on, with its selection and neighbor table, in place of the one in the run's
+    folder: a folder or any fsspec URL; its tars are kept in cache."""
     train_data: tuple[str, ...] = ()
     """Shards that are not the dataset's own: tars of any webdataset, each with {00000..00999}
     written out or not, local or at a URL; given, they are trained on in place of the dataset's."""
@@ -234,6 +238,11 @@ class TrainSettings:
         check_settings(self)
 
     @property
+    def dataset(self) -> str:
+        """Folder or URL of the dataset that is read, where that is one of ours."""
+        return self.root if self.data_root is None else self.data_root
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples of one process in one part of a step."""
         return self.global_batch_size // self.num_ranks // self.accumulation_steps
@@ -352,7 +361,7 @@ def parse_settings(values: Mapping[str, Any], where: str) -> TrainSettings:
 
 
 def read_settings(path: str | Path) -> TrainSettings:
-    """Read a configuration file (JSON). A relative ``root`` is relative to the file's folder.
+    """Read a configuration file (JSON). ``root`` and ``data_root`` are relative to its folder.
 
     Raises:
         DeclipError: the file is missing, is no JSON object, or holds a wrong setting.
@@ -370,7 +379,9 @@ def read_settings(path: str | Path) -> TrainSettings:
     if not isinstance(values, dict):
         raise DeclipError(f"the configuration {str(path)!r} must be one JSON object of settings.")
     settings = parse_settings(values, str(path))
-    if "://" not in settings.root:
-        root = (path.parent / settings.root).resolve()
-        settings = dataclasses.replace(settings, root=str(root))
-    return settings
+
+    def full(place: str) -> str:
+        return place if "://" in place else str((path.parent / place).resolve())
+
+    data_root = None if settings.data_root is None else full(settings.data_root)
+    return dataclasses.replace(settings, root=full(settings.root), data_root=data_root)

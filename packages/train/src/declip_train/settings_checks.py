@@ -239,6 +239,15 @@ def _check_sources(settings: TrainSettings) -> None:
             f"data_weights is {list(settings.data_weights)}, but train_data is unset, whose "
             "entries they weigh; give both, or neither."
         )
+    if settings.data_root == "":
+        raise DeclipError(
+            "data_root is '', but must be a dataset's folder or URL; give one, or leave it unset."
+        )
+    if settings.data_root is not None and settings.train_data:
+        raise DeclipError(
+            f"data_root {settings.data_root!r} and train_data {list(settings.train_data)} both "
+            "name what is trained on: a dataset of ours and tars of anybody's; leave one out."
+        )
     if settings.evaluate_every_steps is not None and settings.evaluate_data is None:
         raise DeclipError(
             f"evaluate_every_steps is {settings.evaluate_every_steps}, but evaluate_data is not "

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 from declip_shards import DeclipError, Store, layout, sidecars
 from declip_shards.reader import IMAGE_EXTENSIONS
 from declip_train.column_files import cached_columns, digest_of
+from declip_train.network_tries import is_final
 from declip_train.sample_columns import PIECE, SamplePool, pool_columns
-from declip_train.tar_cache import TarSource, fetch_tar, find_tar, is_remote
+from declip_train.tar_cache import TarSource, find_tar, is_remote, open_fetched
 from declip_train.tar_listing import walk_tar
 
-__all__ = ["file_identity", "in_threads", "own_pool", "tar_location"]
+__all__ = ["file_identities", "in_threads", "own_pool", "tar_location"]
 
 _KIND = "samples"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -36,11 +37,17 @@ _Result = TypeVar("_Result")
 
 
 def in_threads(
-    what: str, items: Sequence[_Item], work: Callable[[_Item], _Result]
+    what: str,
+    items: Sequence[_Item],
+    work: Callable[[_Item], _Result],
+    *,
+    num_threads: int | None = None,
 ) -> Iterator[_Result]:
     """``work`` of each item in order, in threads (hashing and reading let others run), with a line
     every ten seconds of how far it is."""
-    threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, len(sched_getaffinity(0)))))
+    threads = ThreadPoolExecutor(
+        num_threads or max(1, min(_MOST_THREADS, len(sched_getaffinity(0))))
+    )
     said = time.monotonic()
     try:
         for number, result in enumerate(threads.map(work, items)):
@@ -52,13 +59,34 @@ def in_threads(
         threads.shutdown(cancel_futures=True)
 
 
-def file_identity(store: Store, path: str) -> list[Any] | None:
-    """What changes when a file is written anew; None where it is missing."""
-    try:
-        source = find_tar(tar_location(store, path))
-    except DeclipError:
-        return None
-    return [source.size, source.version]
+def _of_network(store: Store) -> int | None:
+    """Threads that look at files of a dataset: who waits for a network needs no core."""
+    return None if store.is_local else _MOST_THREADS
+
+
+def file_identities(store: Store, paths: Sequence[str]) -> list[list[Any] | None]:
+    """What changes when files of one folder are written anew; None for one that is missing.
+
+    Raises:
+        DeclipError: the dataset is remote and cannot be reached.
+    """
+    if paths and not store.is_local:
+        # File systems that keep listings answer for each file out of this one.
+        store.list(posixpath.dirname(paths[0]))
+
+    def look(path: str) -> list[Any] | None:
+        try:
+            source = find_tar(tar_location(store, path))
+        except DeclipError as error:
+            cause = error.__cause__
+            if isinstance(cause, FileNotFoundError) and is_final(cause):
+                return None
+            if store.is_local:
+                return None
+            raise
+        return [source.size, source.version]
+
+    return list(in_threads("looking for files", paths, look, num_threads=_of_network(store)))
 
 
 def tar_location(store: Store, path: str) -> str:
@@ -105,10 +133,15 @@ def own_pool(
             tar lacks pictures that its table lists.
     """
     digests = _recorded_digests(store, shards)
-    sources = [
-        find_tar(tar_location(store, layout.tar_path(shard)), digests[shard]) for shard in shards
-    ]
-    tables = [file_identity(store, layout.shard_parquet_path(shard)) for shard in shards]
+    sources = list(
+        in_threads(
+            "looking for tars",
+            shards,
+            lambda shard: find_tar(tar_location(store, layout.tar_path(shard)), digests[shard]),
+            num_threads=_of_network(store),
+        )
+    )
+    tables = file_identities(store, [layout.shard_parquet_path(shard) for shard in shards])
     key = digest_of("pool", list(shards), [source.identity() for source in sources], tables)
 
     def build() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,13 +159,18 @@ def own_pool(
 
 def _own_piece(store: Store, shard: str, source: TarSource, base: Path, room: float) -> pa.Table:
     """The successes of one shard."""
-    path = Path(source.url)
     if is_remote(source.url):
-        path = fetch_tar(source, base, room)
-    elif source.sha256:
+        with open_fetched(source, base, room) as file:
+            return _piece_of(store, shard, source, f"/dev/fd/{file.fileno()}")
+    if source.sha256:
         _check_digest(source)
+    return _piece_of(store, shard, source, source.url)
+
+
+def _piece_of(store: Store, shard: str, source: TarSource, path: str) -> pa.Table:
+    """The successes of one shard, whose tar lies at ``path`` of this machine."""
     keys, offsets, sizes = [], [], []
-    for member in walk_tar(str(path), lambda _: False, source.url):
+    for member in walk_tar(path, lambda _: False, source.url):
         key, _, extension = member.name.partition(".")
         if extension in IMAGE_EXTENSIONS and member.size < _LARGEST_PICTURE:
             keys.append(key)

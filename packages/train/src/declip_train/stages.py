@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from declip_shards import Store, TaskStats
+from declip_train.dataset_files import output_folder
 from declip_train.failed_samples import PATH as FAILED_SAMPLES
 from declip_train.settings import TrainSettings
 
@@ -38,6 +40,14 @@ class TrainModel(TrainSettings):
     num_cpus: ClassVar[float] = 2
     num_gpus: ClassVar[float] = 0
 
+    def check_output(self) -> None:
+        """Refuse a folder that training cannot write into, before anything is started.
+
+        Raises:
+            DeclipError: it is not on this machine.
+        """
+        output_folder(self.root)
+
     def tasks(self) -> Sequence[str]:
         """One task, for the whole dataset."""
         return ("all",)
@@ -60,7 +70,7 @@ class TrainModel(TrainSettings):
         from declip_train.launch import launch
         from declip_train.samples import training_samples
 
-        store = Store(self.root)
+        store = Store(str(output_folder(self.root)))
         store.check_writable()
         # Faults of the data are told here, before any process is started.
         samples = training_samples(self)
@@ -68,7 +78,11 @@ class TrainModel(TrainSettings):
         plain = TrainSettings(
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}
         )
-        store.write_bytes(CONFIG, dataclasses.replace(plain, root="..").to_json())
+        data_root = self.data_root
+        if data_root is not None and "://" not in data_root:
+            data_root = os.path.abspath(data_root)
+        there = dataclasses.replace(plain, root="..", data_root=data_root)
+        store.write_bytes(CONFIG, there.to_json())
         launch(store.local_path(CONFIG), self)
         dropped = samples.num_selected - len(samples)
         return TaskStats(

@@ -2,7 +2,8 @@
 
 The layout is clip-retrieval's: ``embeddings/NAME/text_emb/text_emb_P.npy`` (rows, size) beside
 ``embeddings/NAME/metadata/metadata_P.parquet``, whose column ``key`` names the rows. Files are
-mapped, so processes that train side by side share the one copy in the kernel's page cache.
+mapped, so processes that train side by side share the one copy in the kernel's page cache; those of
+a remote dataset are read by place (:mod:`declip_train.fetched_vectors`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 
 from declip_shards import DeclipError, Store, layout, sidecars
 from declip_train.column_files import Chunks, cached_columns, digest_of
+from declip_train.fetched_vectors import FetchedVectors
 from declip_train.sample_columns import RowFinder, SamplePool
-from declip_train.tar_cache import find_tar
+from declip_train.shard_listing import file_identities, tar_location
+from declip_train.tar_cache import TarFiles, find_tar
 
 __all__ = [
     "StoredFeatures",
@@ -48,11 +51,13 @@ class StoredFeatures:
     dim: int
     """Numbers in a vector."""
     paths: Sequence[str]
-    """Local paths of the files."""
+    """Of the files; URLs where the dataset is remote."""
     partitions: Sequence[str]
     """Their parts of the embeddings, as file names have them."""
     first_rows: NDArray[np.int64]
     """(files + 1,): number of each file's first row, and how many rows there are."""
+    fetched: FetchedVectors | None = None
+    """Reads the files of a remote dataset; None: they are mapped."""
 
     known_digest: str = ""
     """What :meth:`digest` gives, where it was worked out before."""
@@ -68,21 +73,15 @@ class StoredFeatures:
         """Vectors of some rows, (len(rows), dim) float32 of unit length.
 
         Raises:
-            DeclipError: a file was replaced by one of another shape, or a vector has no direction
-                (zero, NaN or infinite).
+            DeclipError: a file was replaced by one of another shape, a remote one cannot be
+                reached, or a vector has no direction (zero, NaN or infinite).
         """
         wanted = np.asarray(rows, np.int64)
-        found = np.empty((len(wanted), self.dim), np.float32)
         files = np.searchsorted(self.first_rows, wanted, side="right") - 1
-        for number in np.unique(files).tolist():
-            places = np.flatnonzero(files == number)
-            table = self._mapped(self.paths[number])
-            if table.shape != (self.first_rows[number + 1] - self.first_rows[number], self.dim):
-                raise DeclipError(
-                    f"{self.paths[number]!r} was changed during training: it is of shape "
-                    f"{table.shape} now; start the training again."
-                )
-            found[places] = table[wanted[places] - self.first_rows[number]]
+        if self.fetched is not None:
+            found = self.fetched.rows(files, wanted - self.first_rows[files])
+        else:
+            found = self._rows_of_maps(files, wanted)
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
         bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
         if bad.size:
@@ -94,13 +93,30 @@ class StoredFeatures:
         found /= lengths
         return found
 
+    def _rows_of_maps(
+        self, files: NDArray[np.int64], wanted: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """(len(wanted), dim): the rows as the files have them."""
+        found = np.empty((len(wanted), self.dim), np.float32)
+        for number in np.unique(files).tolist():
+            places = np.flatnonzero(files == number)
+            table = self._mapped(self.paths[number])
+            if table.shape != (self.first_rows[number + 1] - self.first_rows[number], self.dim):
+                raise DeclipError(
+                    f"{self.paths[number]!r} was changed during training: it is of shape "
+                    f"{table.shape} now; start the training again."
+                )
+            found[places] = table[wanted[places] - self.first_rows[number]]
+        return found
+
     def digest(self) -> str:
         """sha256 of the files' bytes, in order."""
         if self.known_digest:
             return self.known_digest
         digest = hashlib.sha256()
-        for path in self.paths:
-            with open(path, "rb") as file:
+        for number, path in enumerate(self.paths):
+            fetched = self.fetched
+            with open(path, "rb") if fetched is None else fetched.open_whole(number) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
@@ -120,16 +136,20 @@ def _map(path: str) -> NDArray[np.floating]:
     return table
 
 
-def open_stored_features(store: Store, name: str, *, dim: int) -> StoredFeatures:
+def open_stored_features(
+    store: Store, name: str, *, dim: int, tars: TarFiles | None = None
+) -> StoredFeatures:
     """Open the text vectors of embeddings ``name``.
 
     Args:
-        store: the dataset folder; local.
+        store: the dataset.
         name: of the embeddings.
         dim: size of the model's features, which the stored ones must have.
+        tars: of the dataset, whose cache the vectors share where it is remote.
 
     Raises:
-        DeclipError: there are none, of another size, of two encoders, or files are damaged.
+        DeclipError: there are none, of another size, of two encoders, files are damaged, or the
+            dataset is remote and cannot be reached.
     """
     folder, end = f"embeddings/{name}/{_KIND}", ".npy"
     files = sorted(file for file in store.list(folder, end) if file.startswith(f"{_KIND}_"))
@@ -140,26 +160,32 @@ def open_stored_features(store: Store, name: str, *, dim: int) -> StoredFeatures
             "to caption."
         )
     _check_one_encoder(store, name)
-    paths, partitions, first_rows = [], [], [0]
-    for file in files:
-        partition = file[len(_KIND) + 1 : -len(end)]
-        path = str(store.local_path(layout.embedding_path(name, _KIND, partition)))
-        table = _map(path)
-        if table.shape[1] != dim:
+    partitions = [file[len(_KIND) + 1 : -len(end)] for file in files]
+    relative = [layout.embedding_path(name, _KIND, partition) for partition in partitions]
+    paths, first_rows = [tar_location(store, path) for path in relative], [0]
+    fetched = None
+    if tars is not None and not store.is_local:
+        sources = [find_tar(path) for path in paths]
+        fetched = FetchedVectors(tars.beside(sources, ("embeddings", "vectors")))
+    for number, path in enumerate(relative):
+        if fetched is not None:
+            shape = fetched.shape(number)
+        else:
+            shape = _map(str(store.local_path(path))).shape
+        if shape[1] != dim:
             raise DeclipError(
-                f"neighbor_embeddings {name!r} are vectors of {table.shape[1]} numbers, but the "
+                f"neighbor_embeddings {name!r} are vectors of {shape[1]} numbers, but the "
                 f"model's features have {dim}; embed with an encoder of that size, choose another "
                 "model, or set neighbor_feature to caption."
             )
-        paths.append(path)
-        partitions.append(partition)
-        first_rows.append(first_rows[-1] + len(table))
+        first_rows.append(first_rows[-1] + shape[0])
     return StoredFeatures(
         name=name,
         dim=dim,
         paths=paths,
         partitions=partitions,
         first_rows=np.array(first_rows, np.int64),
+        fetched=fetched,
     )
 
 
@@ -203,15 +229,23 @@ def load_stored_features(
 
 
 def join_stored_features(
-    store: Store, name: str, *, dim: int, pool: SamplePool, base: Path, key: str
+    store: Store,
+    name: str,
+    *,
+    dim: int,
+    pool: SamplePool,
+    tars: TarFiles,
+    base: Path,
+    key: str,
 ) -> tuple[StoredFeatures, NDArray[np.int64]]:
     """The text vectors of embeddings ``name``, and which of them each pair of a pool has.
 
     Args:
-        store: the dataset folder; local.
+        store: the dataset.
         name: of the embeddings.
         dim: size of the model's features, which the stored ones must have.
         pool: whose keys are looked up.
+        tars: of the dataset, whose cache the vectors share where it is remote.
         base: the cache.
         key: the pool's name there.
 
@@ -221,13 +255,9 @@ def join_stored_features(
     Raises:
         DeclipError: see :func:`open_stored_features`; or files disagree.
     """
-    features = open_stored_features(store, name, dim=dim)
-    identities = [find_tar(path) for path in features.paths]
-    metadata = [
-        find_tar(str(store.local_path(layout.embedding_path(name, "metadata", partition))))
-        for partition in features.partitions
-        if store.exists(layout.embedding_path(name, "metadata", partition))
-    ]
+    features = open_stored_features(store, name, dim=dim, tars=tars)
+    vectors = features.fetched.files.sources if features.fetched else map(find_tar, features.paths)
+    beside = [layout.embedding_path(name, "metadata", part) for part in features.partitions]
 
     def build() -> tuple[Mapping[str, Chunks], Mapping[str, Any]]:
         found = np.full(len(pool), -1, np.int64)
@@ -239,7 +269,7 @@ def join_stored_features(
             found[rows[known]] = features.first_rows[numbers[0]] + known
         return {"rows": [found]}, {"digest": features.digest()}
 
-    identity = [source.identity() for source in (*identities, *metadata)]
+    identity = [[source.identity() for source in vectors], file_identities(store, beside)]
     columns = cached_columns(
         base,
         "samples",

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,20 +26,19 @@ from numpy.typing import NDArray
 
 from declip_shards import DeclipError
 from declip_shards.store import TEMPORARY_MARK
+from declip_train.network_tries import TRIES, asked_again, pause, words_of
 
-__all__ = ["TarFiles", "TarSource", "fetch_tar", "find_tar", "is_remote"]
+__all__ = ["TarFiles", "TarSource", "fetch_tar", "find_tar", "is_remote", "open_fetched"]
 
 _OPEN_TARS = 128
 """Tars that stay open; a process may have about 1,000 files open, a dataset has more tars."""
-_TRIES = 3
-_SECONDS_BETWEEN_TRIES = 0.5
+_OPENINGS = 10
 _BLOCK = 1 << 22
 _FOLDER = "tars"
-_TAGS = (
-    *("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "generation"),
-    *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
-)
-"""What file systems call that by which a changed file is known."""
+_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "generation")
+_TIMES = ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created")
+"""What file systems call that by which a changed file is known. A time only where there is no tag:
+listings have it in finer parts of a second than answers for one file."""
 
 
 def is_remote(url: str) -> bool:
@@ -87,45 +86,27 @@ def find_tar(url: str, sha256: str = "") -> TarSource:
             f"the server of {url!r} does not say how many bytes it has, so its samples cannot be "
             "read by their places; copy the tars to a local disk."
         )
-    tags = [f"{name}={info[name]}" for name in _TAGS if info.get(name)]
-    return TarSource(url=url, size=int(info["size"]), version=" ".join(tags), sha256=sha256)
+    tags = [str(info[name]).strip('"') for name in _TAGS if info.get(name)]
+    times = [f"{name}={info[name]}" for name in _TIMES if info.get(name)]
+    version = tags[0] if tags else " ".join(times)
+    return TarSource(url=url, size=int(info["size"]), version=version, sha256=sha256)
 
 
 def _info(url: str) -> dict[str, Any]:
     """What a file system says of a remote tar; asked again where the network fails."""
-    for attempt in range(_TRIES):
-        if attempt:
-            time.sleep(_SECONDS_BETWEEN_TRIES * 2**attempt)
-        try:
-            fs, path = fsspec.core.url_to_fs(url)
-            info: dict[str, Any] = fs.info(path)
-            return info
-        except Exception as error:  # file systems raise what they like
-            fault = error
-            if _is_missing(error):
-                break
-    raise DeclipError(
-        f"the tar {url!r} cannot be reached ({_words(fault)}); correct its "
-        "address, or see that this machine can read it."
-    ) from fault
 
+    def ask() -> dict[str, Any]:
+        fs, path = fsspec.core.url_to_fs(url)
+        info: dict[str, Any] = fs.info(path)
+        return info
 
-def _is_missing(error: Exception) -> bool:
-    """Whether there is no such file, as far as can be told: fsspec's HTTP says so of a server that
-    is busy, too, and of what happened only in the cause."""
-    cause = error.__cause__
-    if isinstance(error, ImportError | PermissionError | ValueError):
-        return True
-    return isinstance(error, FileNotFoundError) and (
-        cause is None
-        or isinstance(cause, FileNotFoundError)
-        or 400 <= getattr(cause, "status", 0) < 500
-    )
-
-
-def _words(error: Exception) -> str:
-    """What an exception says, or its name: some say nothing."""
-    return str(error) or type(error).__name__
+    try:
+        return asked_again(ask)
+    except Exception as error:  # file systems raise what they like
+        raise DeclipError(
+            f"the tar {url!r} cannot be reached ({words_of(error)}); correct its "
+            "address, or see that this machine can read it."
+        ) from error
 
 
 def _version(state: os.stat_result) -> str:
@@ -135,12 +116,11 @@ def _version(state: os.stat_result) -> str:
 class _OpenFile:
     """A file descriptor that is closed with its last user."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 class TarFiles:
@@ -150,16 +130,47 @@ class TarFiles:
         sources: of :func:`find_tar`.
         cache: folder for remote ones.
         room: bytes that they may take there.
+        taken: of these, bytes that other files of the run take.
+        kind: what these files are, and what is read out of them, for the person who watches.
     """
 
-    def __init__(self, sources: Sequence[TarSource], cache: Path, room: float) -> None:
+    def __init__(
+        self,
+        sources: Sequence[TarSource],
+        cache: Path,
+        room: float,
+        *,
+        taken: int = 0,
+        kind: tuple[str, str] = ("tars", "pictures"),
+    ) -> None:
         self.sources = list(sources)
         self._base, self._room = cache, room
+        self._taken, self._kind = taken, kind
         self._remote = [is_remote(source.url) for source in self.sources]
         pairs = zip(self.sources, self._remote, strict=True)
         self._total = sum(source.size for source, remote in pairs if remote)
         self._said = False
         self._seen: set[int] = set()
+
+    @property
+    def _all_fit(self) -> bool:
+        return self._taken + self._total <= self._room
+
+    def beside(self, sources: Sequence[TarSource], kind: tuple[str, str]) -> TarFiles:
+        """Other files of the same run, which share the cache with these and get what they leave."""
+        taken = self._total if self._all_fit else 0
+        return TarFiles(sources, self._base, self._room, taken=taken, kind=kind)
+
+    def open_whole(self, number: int) -> io.BufferedReader:
+        """A tar as a local file, fetched whole where it is remote.
+
+        Raises:
+            DeclipError: it cannot be had.
+        """
+        source = self.sources[number]
+        if self._remote[number]:
+            return open_fetched(source, self._base, self._room)
+        return open(source.url, "rb")
 
     @property
     def paths(self) -> list[str]:
@@ -184,8 +195,9 @@ class TarFiles:
         """
         source = self.sources[number]
         if self._remote[number]:
-            return _OpenFile(str(fetch_tar(source, self._base, self._room)))
-        file = _OpenFile(source.url)
+            with open_fetched(source, self._base, self._room) as fetched:
+                return _OpenFile(os.dup(fetched.fileno()))
+        file = _OpenFile(os.open(source.url, os.O_RDONLY))
         state = os.fstat(file.number)
         if state.st_size < source.size:
             raise DeclipError(f"{source.url!r} was cut short during training")
@@ -229,13 +241,15 @@ class TarFiles:
         return found
 
     def _by_ranges(self, number: int) -> bool:
-        by_ranges = self._remote[number] and self._total > self._room
+        by_ranges = self._remote[number] and not self._all_fit
         if by_ranges and not self._said:
             self._said = True
+            files, things = self._kind
+            taken = f", of which the tars take {self._taken / 1e9:.1f}" if self._taken else ""
             print(
-                f"train: the remote tars have {self._total / 1e9:.1f} GB, cache_gigabytes is "
-                f"{self._room / 1e9:g}: pictures are fetched one by one; raise it to fetch each "
-                "tar once",
+                f"train: the remote {files} have {self._total / 1e9:.1f} GB, cache_gigabytes is "
+                f"{self._room / 1e9:g}{taken}: {things} are fetched one by one; raise it to fetch "
+                "each file once",
                 file=sys.stderr,
                 flush=True,
             )
@@ -263,9 +277,9 @@ class TarFiles:
             starts = [places[row][1] for row in rows]
             ends = [places[row][1] + places[row][2] for row in rows]
             pending = list(range(len(rows)))
-            for attempt in range(_TRIES):
+            for attempt in range(TRIES):
                 if attempt:
-                    time.sleep(_SECONDS_BETWEEN_TRIES * 2**attempt)
+                    pause(attempt)
                 got = fs.cat_ranges(
                     [paths[i] for i in pending],
                     [starts[i] for i in pending],
@@ -291,12 +305,31 @@ class TarFiles:
 def changed_remote(source: TarSource) -> str:
     """Why a remote tar is not the one whose samples were listed; empty where it is."""
     try:
+        fs, path = fsspec.core.url_to_fs(source.url)
+        # Else a listing from before the change would answer.
+        fs.invalidate_cache(path)
         found = find_tar(source.url)
     except DeclipError as error:
         return str(error)
     if (found.size, found.version) == (source.size, source.version):
         return ""
     return f"{source.url!r} is another file than the one whose samples were listed"
+
+
+def open_fetched(source: TarSource, base: Path, room: float) -> io.BufferedReader:
+    """:func:`fetch_tar`, opened: where the cache is small, others may crowd the file out at any
+    moment, and who has it open keeps it.
+
+    Raises:
+        DeclipError: see :func:`fetch_tar`; or it was crowded out each time.
+    """
+    for _ in range(_OPENINGS):
+        with contextlib.suppress(FileNotFoundError):
+            return fetch_tar(source, base, room).open("rb")
+    raise DeclipError(
+        f"{source.url!r} was removed from the cache {str(base)!r} as often as it was fetched; "
+        "raise cache_gigabytes, or start fewer runs that share the cache"
+    )
 
 
 def fetch_tar(source: TarSource, base: Path, room: float) -> Path:
@@ -363,9 +396,9 @@ def _download(source: TarSource, path: Path) -> None:
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
     fault = ""
     try:
-        for attempt in range(_TRIES):
+        for attempt in range(TRIES):
             if attempt:
-                time.sleep(_SECONDS_BETWEEN_TRIES * 2**attempt)
+                pause(attempt)
             fault = _downloaded(source, temporary)
             if not fault:
                 temporary.replace(path)
@@ -389,7 +422,7 @@ def _downloaded(source: TarSource, target: Path) -> str:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (28, 122):
                 raise
-            return f"{source.url!r} cannot be fetched ({_words(error)})"
+            return f"{source.url!r} cannot be fetched ({words_of(error)})"
     if size != source.size:
         return f"{source.url!r} gave {size} bytes, but had {source.size} when it was listed"
     if source.sha256 and digest.hexdigest() != source.sha256:
