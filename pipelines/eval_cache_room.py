@@ -1,4 +1,5 @@
-"""The limit of the feature cache: folders that were used longest ago make room, whole ones.
+"""The limit of the feature cache: folders that were used longest ago make room, whole ones; and
+what killed processes left half written goes.
 
 Who works on a folder holds a shared lock on it, which the kernel takes back from one that died; a
 folder whose lock is held, or whose disk knows no locks, is never removed.
@@ -15,12 +16,15 @@ import uuid
 from collections import deque
 from pathlib import Path
 
+from declip_shards.store import TEMPORARY_MARK
+
 log = logging.getLogger(__name__)
 
 _IS_SET = re.compile(r"[0-9a-f]{32}")
 _REMOVED = ".removed-"
 _TRIES = 100
 """To lock a folder that others remove meanwhile."""
+LEFTOVER_SECONDS = 3600.0
 MOST_HOLDS = 64
 """Folders that a process may hold: one that runs ahead of rank 0 holds the last of them."""
 
@@ -104,6 +108,21 @@ def drop_features(root: Path, limit_bytes: int) -> int:
             *(num_removed, removed / 1e9, root),
         )
     return removed
+
+
+def sweep_leftovers(root: Path) -> int:
+    """Remove what killed processes left half written, anywhere in the cache; how many files.
+
+    Others may be at work, on other machines too, so what counts is age: a file is written in
+    seconds, and is a leftover after `LEFTOVER_SECONDS`.
+    """
+    oldest, num_removed = time.time() - LEFTOVER_SECONDS, 0
+    for path in root.rglob(f"*{TEMPORARY_MARK}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+                num_removed += 1
+    return num_removed
 
 
 def _remove(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from declip_eval.outcomes import outcomes_path, write_outcomes
 from declip_eval.results import EvalResult, result_path, write_result
 from declip_eval.templates import TEMPLATE_SETS, get_templates
 from declip_shards import DeclipError
-from pipelines.eval_cache_room import drop_features
+from pipelines.eval_cache_room import drop_features, sweep_leftovers
 from pipelines.eval_contents import ContentHashes
 from pipelines.eval_examples import examples_path, save_examples
 from pipelines.eval_features import FeatureWork, PictureSet
@@ -147,10 +147,11 @@ class Evaluation:
         return report
 
     def _make_room(self, *, is_last: bool = False) -> None:
-        """Keep the feature cache within its limit, now and then."""
+        """Keep the feature cache clean and within its limit, now and then."""
         now = time.monotonic()
         if self.ranks.rank == 0 and (is_last or now - self._last_room >= ROOM_SECONDS):
             self._last_room = now
+            sweep_leftovers(self.features)
             drop_features(self.features, int(self.options.feature_cache_gb * 10**9))
 
     def _note_model(self, report: Report, spec: str, note: str) -> None:

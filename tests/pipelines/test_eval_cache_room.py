@@ -1,10 +1,19 @@
 """The limit of the feature cache."""
 
 import os
+import time
 
 import pytest
 
-from pipelines.eval_cache_room import MOST_HOLDS, FolderHold, Holds, drop_features
+from declip_shards.store import TEMPORARY_MARK, atomic_write
+from pipelines.eval_cache_room import (
+    LEFTOVER_SECONDS,
+    MOST_HOLDS,
+    FolderHold,
+    Holds,
+    drop_features,
+    sweep_leftovers,
+)
 
 NAMES = [f"{number:032x}" for number in range(5)]
 
@@ -74,3 +83,16 @@ def test_of_many_folders_the_last_are_held(root):
 
 def test_a_cache_that_is_not_there_is_empty(tmp_path):
     assert drop_features(tmp_path / "none", 0) == 0
+
+
+def test_what_was_half_written_long_ago_goes_and_nothing_else(tmp_path):
+    atomic_write(tmp_path / "views/set/whole.npy", b"whole")
+    for name, age in {"old": LEFTOVER_SECONDS + 60, "young": LEFTOVER_SECONDS - 60}.items():
+        path = tmp_path / f"views/set/{name}.npy{TEMPORARY_MARK}77-{name}"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    os.utime(tmp_path / "views/set/whole.npy", (1000, 1000))
+    assert sweep_leftovers(tmp_path) == 1
+    kept = sorted(path.name.partition(".")[0] for path in tmp_path.glob("views/set/*"))
+    assert kept == ["whole", "young"]
+    assert sweep_leftovers(tmp_path / "absent") == 0
