@@ -14,6 +14,14 @@ class DeclipError(Exception):
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'? Known: ..."`` for a misspelt name; always lists what is known."""
     names = sorted(known)
-    near = get_close_matches(wrong, names, n=1, cutoff=0.5)
+    # A part of a name, but for how its words are joined, is likelier meant than a like spelling.
+    plain = {name: _letters(name) for name in names}
+    given = _letters(wrong)
+    near = [name for name in names if len(given) > 2 and given in plain[name]]
+    near = sorted(near, key=len) or get_close_matches(wrong, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{hint} Known: {', '.join(names) or '(none)'}."
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
