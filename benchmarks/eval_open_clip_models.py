@@ -33,6 +33,7 @@ SOURCES = {"met-museum": 2, "tuxpaint-stamps": 2, "grocery-store": 1, "wallpaper
 SOURCES |= {"manual-figures": 1, "cifar10-train": 1, "art4apps": 1}
 """Photographs, paintings, drawings and icons, JPEG and PNG, 32 to 512 pixels; the classes."""
 
+ROOT = Path(__file__).parents[1]
 PEER = Path(__file__).with_name("eval_open_clip_models_peer.py")
 
 
@@ -81,7 +82,9 @@ def main() -> int:
         pictures, work = Path(name, "pictures"), Path(name, "work")
         work.mkdir()
         num_pictures = copy_pictures(given.pairs, pictures)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        # The peers' environment has open_clip; our own code comes from this checkout.
+        ours = [*(str(path) for path in sorted(ROOT.glob("packages/*/src"))), str(ROOT)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(ours)}
         command = [given.peers, str(PEER), str(pictures), str(work), *given.models]
         subprocess.run(command, check=True, env=environment)
         lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()
