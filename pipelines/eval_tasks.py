@@ -151,7 +151,8 @@ class Evaluation:
         now = time.monotonic()
         if self.ranks.rank == 0 and (is_last or now - self._last_room >= ROOM_SECONDS):
             self._last_room = now
-            sweep_leftovers(self.features)
+            if is_last:  # it looks at every file: once a run
+                sweep_leftovers(self.features)
             drop_features(self.features, int(self.options.feature_cache_gb * 10**9))
 
     def _note_model(self, report: Report, spec: str, note: str) -> None:
